@@ -1,0 +1,7 @@
+"""Encoders: the only list of architectures families."""
+
+from triptych.encoders.vit import Encoder, ViTConfig, build
+
+ENCODERS = {"vit": "any plain ViT by timm's name: --encoder.arch vit_small_patch16_224"}
+
+__all__ = ["ENCODERS", "Encoder", "ViTConfig", "build"]

@@ -1,0 +1,119 @@
+"""Views of a batch and the geometry between them.
+
+A crop's box travels with its view; maps between views are derived from the boxes on the device where they are needed.
+Image coordinates: y, x in [0, 1] over the source image's height and width, pixel edges at 0 and 1.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Coordinates = Literal["centres", "ends"]
+
+
+@dataclass(frozen=True)
+class View:
+    """One crop of every image of the batch."""
+
+    images: Tensor  # (B, 3, H, W): uint8 from the loader, normalised floats once on the device
+    box: Tensor  # (B, 4) y0 x0 y1 x1, image coordinates of the crop's edges; x0 > x1 when it was flipped
+    pixel: Tensor  # (B, 2) height and width of one source pixel in image coordinates
+    samples: Tensor | None = None  # (B, M) int64: patches drawn by stratified sampling, row-major index, ascending
+    mask: Tensor | None = None  # (B, N) bool: True = hidden from the student
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "View":
+        """The view with `change` applied to each of its tensors."""
+        return View(**{name: None if x is None else change(x) for name, x in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Views:
+    global_crops: list[View]  # seen by student and teacher
+    local_crops: list[View]  # seen by the student only
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Views":
+        return Views([v.map(change) for v in self.global_crops], [v.map(change) for v in self.local_crops])
+
+    @property
+    def all(self) -> list[View]:
+        return self.global_crops + self.local_crops
+
+    def __len__(self) -> int:
+        """Images in the batch."""
+        return len(self.global_crops[0].images)
+
+    def pin_memory(self) -> "Views":
+        return self.map(Tensor.pin_memory)
+
+    def on_device(self, device: torch.device, mean: Tensor, std: Tensor) -> "Views":
+        """Moved to the device, uint8 pixels there made floats: (x/255 − mean)/std, mean and std (3,) on the device."""
+        moved = self.map(lambda x: x.to(device, non_blocking=True))
+        scale, shift = 1 / (255 * std), -mean / std
+
+        def floats(view: View) -> View:
+            return replace(view, images=torch.addcmul(shift[:, None, None], view.images, scale[:, None, None]))
+
+        return Views([floats(v) for v in moved.global_crops], [floats(v) for v in moved.local_crops])
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """What a method asks of the loader beyond crops."""
+
+    window_global: int = 0  # stratified sampling: side of a window in patches, 0 = no samples
+    window_local: int = 0
+
+
+def ends_box(box: Tensor, pixel: Tensor) -> Tensor:
+    """(B, 4): the box through the centres of a crop's first and last pixels instead of through its edges."""
+    half = torch.sign(box[:, 2:] - box[:, :2]) * pixel / 2
+    return torch.cat([box[:, :2] + half, box[:, 2:] - half], 1)
+
+
+def token_positions(box: Tensor, grid: tuple[int, int], coords: Coordinates = "centres") -> Tensor:
+    """(B, N, 2): y, x of every token of a crop, row-major.
+
+    "centres": the patches' centres.  "ends": the grid's first and last token lie on the box itself, which is then
+    one of `ends_box` (UDI's released code; half a patch off at the border).
+    """
+    at = [
+        torch.linspace(0, 1, n, dtype=box.dtype) if coords == "ends" else (torch.arange(n, dtype=box.dtype) + 0.5) / n
+        for n in grid
+    ]
+    unit = torch.stack(torch.meshgrid(*at, indexing="ij"), -1).reshape(1, -1, 2).to(box.device)
+    return box[:, None, :2] + unit * (box[:, None, 2:] - box[:, None, :2])
+
+
+def project(
+    points: Tensor, box: Tensor, grid: tuple[int, int], coords: Coordinates = "centres"
+) -> tuple[Tensor, Tensor]:
+    """Bilinear weights that read a view's token grid at image points, and which points the view contains.
+
+    points (B, M, 2), box (B, 4) of the view that is read -> weights (B, M, N), zero for points outside; inside (B, M).
+    """
+    unit = (points - box[:, None, :2]) / (box[:, None, 2:] - box[:, None, :2])
+    inside = ((unit > 0) & (unit < 1)).all(-1)  # strict, as released: a point on the border belongs to no crop
+    tents = []
+    for axis, n in enumerate(grid):
+        at = unit[..., axis] * (n - 1) if coords == "ends" else unit[..., axis] * n - 0.5
+        at = at.clamp(0, n - 1)[..., None]
+        tents.append((1 - (at - torch.arange(n, device=at.device, dtype=at.dtype)).abs()).clamp(min=0))
+    weights = (tents[0][..., :, None] * tents[1][..., None, :]).flatten(2)
+    return weights * inside[..., None], inside
+
+
+def between(source: View, grid_s: tuple[int, int], target: View, grid_t: tuple[int, int], coords: Coordinates):
+    """The source view's sampled patches, seen in the target view: `project` of their positions.
+
+    -> weights (B, M, N_t), inside (B, M)
+    """
+    assert source.samples is not None
+    box_s, box_t = source.box, target.box
+    if coords == "ends":
+        box_s, box_t = ends_box(box_s, source.pixel), ends_box(box_t, target.pixel)
+    points = token_positions(box_s, grid_s, coords)
+    points = points.gather(1, source.samples[..., None].expand(-1, -1, 2))
+    return project(points, box_t, grid_t, coords)

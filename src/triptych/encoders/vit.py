@@ -1,0 +1,264 @@
+"""A timm vision transformer whose tokens have roles.
+
+timm supplies the architecture and the names of the weights; the forward pass is ours, so that one encoder serves crops
+of any size, hides patches, gives the tokens of any layer, and carries private tokens that leave the rest untouched.
+class+ and registers live in timm's `reg_token` (class+ first): `encoder.vit.state_dict()` loads in timm as it is.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from timm.layers import Attention, resample_abs_pos_embed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from triptych.errors import UserError, nearest
+from triptych.heads import init_linear
+from triptych.tokens import Tokens, TokenSpec
+
+
+class ViTConfig(BaseModel):
+    """Any plain ViT by timm's name, optionally at another size.  None = what the architecture says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["vit"] = "vit"
+    arch: str = "vit_small_patch16_224"  # timm's name
+    image_size: int | tuple[int, int] | None = None  # pixels; fixes the native grid of the position table
+    patch_size: int | None = Field(None, ge=1)  # pixels
+    width: int | None = Field(None, ge=1)  # D
+    depth: int | None = Field(None, ge=1)  # blocks
+    heads: int | None = Field(None, ge=1)
+    registers: int = Field(0, ge=0)
+    drop_path: float = Field(0.0, ge=0, lt=1)  # stochastic depth of the last block; linear from 0; student only
+    positions: Literal["timm", "dino"] = "timm"  # how the position table is resampled for other grids
+    weights: str | None = None  # file to start from: a timm, DINO or Triptych state dict
+
+
+class Encoder(nn.Module):
+    """images (B, 3, H, W) -> Tokens.  H and W are any multiples of the patch size."""
+
+    def __init__(self, vit: VisionTransformer, spec: TokenSpec, positions: Literal["timm", "dino"] = "timm"):
+        super().__init__()
+        _check_plain(vit)
+        self.vit, self.spec, self.positions = vit, spec, positions
+        width = self.width
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.mask else None
+        self.aux_tokens = nn.Parameter(torch.empty(1, spec.aux, width)) if spec.aux else None
+        if self.aux_tokens is not None:
+            nn.init.trunc_normal_(self.aux_tokens, std=0.02)
+
+    @property
+    def width(self) -> int:
+        return self.vit.embed_dim
+
+    @property
+    def depth(self) -> int:
+        return len(self.vit.blocks)
+
+    @property
+    def heads(self) -> int:
+        return self.vit.blocks[0].attn.num_heads
+
+    @property
+    def patch_size(self) -> int:
+        return self.vit.patch_embed.patch_size[0]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image of this size (pixels)."""
+        p = self.patch_size
+        if height % p or width % p:
+            raise UserError(f"an image of {height}x{width} px does not divide into patches of {p} px: use multiples")
+        return height // p, width // p
+
+    def forward(self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tokens:
+        """mask (B, N) bool, True = replaced by the mask token; keep (B, n) int64 = patches that enter the encoder."""
+        return self.layers(images, [self.depth - 1], mask, keep)[0]
+
+    def layers(
+        self, images: Tensor, blocks: Sequence[int], mask: Tensor | None = None, keep: Tensor | None = None
+    ) -> list[Tokens]:
+        """The tokens after each of the given blocks (0-based, negative from the end), each through the final norm."""
+        wanted = [b % self.depth for b in blocks]
+        x, aux, grid = self._embed(images, mask, keep)
+        taps = {}
+        for i, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
+            x, aux = _run_block(block, x, aux)
+            if i in wanted:
+                taps[i] = self._roles(x, aux, grid)
+        return [taps[b] for b in wanted]
+
+    def last_attention(self, images: Tensor) -> Tensor:
+        """(B, heads, T, T): attention of the last block; T = prefix tokens (class, class+, registers), then patches."""
+        x, aux, _ = self._embed(images, None, None)
+        for block in self.vit.blocks[:-1]:
+            x, aux = _run_block(block, x, aux)
+        last = self.vit.blocks[-1]
+        q, k, _ = _heads_of(last.attn, last.norm1(x))
+        return (q @ k.transpose(-2, -1) * last.attn.scale).softmax(-1)
+
+    def without(self, role: Literal["aux", "mask"]) -> "Encoder":
+        """A copy without a role that no other token attends to: the same class and patch tokens to the last bit."""
+        kept = copy.deepcopy(self)
+        if role == "aux":
+            kept.aux_tokens = None
+        else:
+            kept.mask_token = None
+        kept.spec = TokenSpec(**{**vars(self.spec), role: type(getattr(self.spec, role))(0)})
+        return kept
+
+    def _embed(self, images: Tensor, mask: Tensor | None, keep: Tensor | None):
+        """-> base tokens (B, T, D) = prefix then patches, private tokens (B, A, D) or None, grid or None"""
+        vit, grid = self.vit, self.grid(*images.shape[-2:])
+        x = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
+        if mask is not None:
+            assert self.mask_token is not None, "this encoder was built without a mask token"
+            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+        position, prefix = self._positions(grid)
+        x = x + position
+        if keep is not None:
+            x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+        x = torch.cat([prefix.expand(len(x), -1, -1).to(x.dtype), x], 1)
+        x = vit.norm_pre(vit.pos_drop(x))
+        aux = None if self.aux_tokens is None else self.aux_tokens.expand(len(x), -1, -1).to(x.dtype)
+        return x, aux, grid if keep is None else None
+
+    def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Position table of the patches on this grid (1, N, D), prefix tokens with their own slots added (1, p, D)."""
+        vit = self.vit
+        tokens = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
+        prefix = torch.cat(tokens, 1) if tokens else vit.patch_embed.proj.weight.new_zeros(1, 0, self.width)
+        if vit.pos_embed is None:
+            return prefix.new_zeros(1, 1, self.width), prefix
+        slots = 0 if vit.no_embed_class else prefix.shape[1]
+        table = vit.pos_embed[:, slots:]
+        if slots:
+            prefix = prefix + vit.pos_embed[:, :slots]
+        native = vit.patch_embed.grid_size
+        if grid != native:
+            if self.positions == "timm":
+                table = resample_abs_pos_embed(table, list(grid), list(native), num_prefix_tokens=0)
+            else:
+                table = _resample_dino(table, native, grid)
+        return table, prefix
+
+    def _roles(self, x: Tensor, aux: Tensor | None, grid: tuple[int, int] | None) -> Tokens:
+        spec, p = self.spec, self.spec.cls + self.spec.cls_plus + self.spec.register
+        y = self.vit.norm(x)
+        return Tokens(
+            patch=y[:, p:],
+            patch_raw=x[:, p:],
+            grid=grid,
+            cls=y[:, 0] if spec.cls else None,
+            cls_plus=y[:, spec.cls] if spec.cls_plus else None,
+            register=y[:, spec.cls + spec.cls_plus : p] if spec.register else None,
+            aux=None if aux is None else self.vit.norm(aux),
+        )
+
+
+def _check_plain(vit: nn.Module) -> None:
+    plain = type(vit) is VisionTransformer and all(type(b) is Block and type(b.attn) is Attention for b in vit.blocks)
+    if not plain:
+        raise UserError(f"{type(vit).__name__} is not a plain ViT: use a timm model made of VisionTransformer's Block")
+
+
+def _resample_dino(table: Tensor, native: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """DINO's resampling: bicubic by the *factor* (n + 0.1)/native, which shifts the sampling grid slightly."""
+    image = table.transpose(1, 2).unflatten(2, native)
+    factor = tuple((n + 0.1) / m for n, m in zip(grid, native, strict=True))
+    return F.interpolate(image, scale_factor=factor, mode="bicubic").flatten(2).transpose(1, 2)
+
+
+def _heads_of(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys, values, each (B, heads, T, D/heads)."""
+    q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(q kᵀ/√d) v.  (B, heads, T, d), (B, heads, T', d) -> (B, heads, T, d)"""
+    half_on_cpu = q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad and not dropout
+    if half_on_cpu:  # the fused kernel's backward is 2-12 times slower there (PERFORMANCE.md, traps)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return scores.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+
+def _attend(attn: Attention, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    y = attention(q, k, v, attn.attn_drop.p if attn.training else 0.0)
+    y = attn.norm(y.transpose(1, 2).flatten(2))
+    if attn.gate is not None:
+        y = y * attn.gate(x).sigmoid()
+    return attn.proj_drop(attn.proj(y))
+
+
+def _run_block(block: Block, x: Tensor, aux: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """One pre-norm block.  Base tokens x attend to base tokens; private tokens aux attend to all (split attention).
+
+    The two streams never share a tensor on the base side: the base stream runs the very calls that it would run
+    without private tokens, and so gives the same bits.
+    """
+    y = block.norm1(x)
+    q, k, v = _heads_of(block.attn, y)
+    if aux is not None:
+        y_a = block.norm1(aux)
+        q_a, k_a, v_a = _heads_of(block.attn, y_a)
+        update = _attend(block.attn, y_a, q_a, torch.cat([k, k_a], 2), torch.cat([v, v_a], 2))
+        aux = aux + block.drop_path1(block.ls1(update))
+        aux = aux + block.drop_path2(block.ls2(block.mlp(block.norm2(aux))))
+    x = x + block.drop_path1(block.ls1(_attend(block.attn, y, q, k, v)))
+    x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return x, aux
+
+
+def init_encoder(encoder: Encoder) -> None:
+    """DINO's start: class tokens, positions and linear weights truncated-normal σ 0.02, biases 0, norms 1 and 0.
+
+    The patch projection keeps PyTorch's default.
+    """
+    vit = encoder.vit
+    init_linear(vit.blocks)
+    for token in (vit.cls_token, vit.reg_token, vit.pos_embed):
+        if token is not None:
+            nn.init.trunc_normal_(token, std=0.02)
+    vit.patch_embed.proj.reset_parameters()
+
+
+def build(config: ViTConfig, spec: TokenSpec, image_size: int | None = None) -> Encoder:
+    """A freshly initialised encoder (config.weights is loaded by `encoders.load`).
+
+    image_size (pixels) sets the native grid where the config leaves it open: the size of the global crops.
+    """
+    if not timm.is_model(config.arch):
+        names = timm.list_models("vit*")
+        raise UserError(f"timm has no model {config.arch!r}{nearest(config.arch, names)}")
+    spec = spec | TokenSpec(cls=0, register=config.registers)
+    given = {
+        "img_size": config.image_size or image_size,
+        "patch_size": config.patch_size,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    try:
+        vit = timm.create_model(
+            config.arch,
+            pretrained=False,
+            num_classes=0,
+            class_token=bool(spec.cls),
+            global_pool="token" if spec.cls else "",
+            reg_tokens=spec.cls_plus + spec.register,
+            drop_path_rate=config.drop_path,
+            **options,
+        )
+    except (TypeError, AssertionError) as error:
+        raise UserError(f"timm cannot build {config.arch} with {options}: {error}") from error
+    encoder = Encoder(vit, spec, config.positions)  # type: ignore[arg-type]
+    init_encoder(encoder)
+    return encoder

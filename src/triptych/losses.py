@@ -1,0 +1,57 @@
+"""Pure functions that methods share: no parameters, no buffers, no side effects."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """fp32 for half-precision input, otherwise unchanged: softmax and log-sum-exp are not left to autocast."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def unit(z: Tensor) -> Tensor:
+    """z / |z| along the last axis, in full precision."""
+    return F.normalize(full_precision(z), dim=-1)
+
+
+def teacher_probabilities(z: Tensor, prototypes: Tensor, center: Tensor, temperature: float) -> Tensor:
+    """p_t = softmax((z Wᵀ − c) / τ_t).  z (..., P), prototypes W (K, P), center c (K,) -> (..., K)"""
+    return ((full_precision(z @ prototypes.T) - center) / temperature).softmax(-1)
+
+
+def prototype_cross_entropy(
+    z_s: Tensor,
+    prototypes_s: Tensor,
+    z_t: Tensor,
+    prototypes_t: Tensor,
+    *,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    weight: Tensor,
+) -> Tensor:
+    """Σ_{t,s,b} weight[t,s,b] · H(p_t(z_t[t,b]), p_s(z_s[s,b])), the loss of every prototype method.
+
+    z_s (S, B, P), z_t (T, B, P): embeddings as they meet the prototypes (DINO: unit length; UDI: also blends of such).
+    prototypes_s, prototypes_t (K, P); center (K,); weight broadcasts to (T, S, B).  -> scalar
+
+    With p_s = softmax(s), s = z_s W_sᵀ / τ_s, a cross-entropy is lse(s) − Σ_k p_tk s_k, and the sum is
+    z_s · (Σ_k p_tk w_k) / τ_s: each teacher row meets the prototypes once, however many student views it teaches,
+    and pairs are formed in P dimensions instead of K.
+    """
+    logits = full_precision(z_s @ prototypes_s.T) / student_temp  # (S, B, K)
+    p_t = teacher_probabilities(z_t, prototypes_t, center, teacher_temp)  # (T, B, K)
+    target = full_precision(p_t.to(prototypes_s.dtype) @ prototypes_s)  # (T, B, P): Σ_k p_tk w_k
+    # Multiply and sum rather than einsum: autocast would round this product to bf16.
+    agreement = (target[:, None] * full_precision(z_s)[None]).sum(-1) / student_temp  # (T, S, B)
+    return (weight * (logits.logsumexp(-1) - agreement)).sum()
+
+
+def other_views(teachers: int, students: int, images: int, like: Tensor) -> Tensor:
+    """(T, S, 1) weights of the mean over images and over pairs of different views.
+
+    Teacher view v and student view v are the same crop; students beyond the teachers are local crops.
+    """
+    pairs = 1 - torch.eye(teachers, students, device=like.device, dtype=full_precision(like).dtype)
+    return (pairs / (pairs.sum() * images))[..., None]

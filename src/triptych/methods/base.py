@@ -1,0 +1,123 @@
+"""The contract that every pre-training method keeps.  Two classes and one protocol, nothing to override by surprise."""
+
+import copy
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from triptych.data.views import View, Views, ViewSpec
+from triptych.distributed import all_mean
+from triptych.encoders.vit import Encoder
+from triptych.schedules import Progress
+from triptych.tokens import Tokens, TokenSpec
+
+Carry = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What forward returns: the scalar to minimise, its named terms, and what update() will need.  Steps add with +."""
+
+    loss: Tensor | float
+    terms: dict[str, Tensor]
+    carry: Carry = field(default_factory=dict)  # detached and small
+
+    def __add__(self, other: "Step") -> "Step":
+        return Step(self.loss + other.loss, self.terms | other.terms, self.carry | other.carry)
+
+
+class Method(nn.Module, ABC):
+    """A pre-training method.
+
+    forward is pure: same parameters, buffers and views -> same loss, and nothing changes (BatchNorm's running
+    statistics and the draws of stochastic depth are the exceptions).
+    update is the only place where state moves that the optimiser does not move: centres, queues, the teacher.
+    """
+
+    tokens: ClassVar[TokenSpec]  # what it asks of the encoder
+
+    @staticmethod
+    def view_spec(config: Any) -> ViewSpec:
+        """What the method asks of the loader beyond crops."""
+        return ViewSpec()
+
+    @property
+    @abstractmethod
+    def encoder(self) -> Encoder:
+        """The encoder that is evaluated and exported: the teacher's, where there is one."""
+
+    @abstractmethod
+    def forward(self, views: Views, t: Progress) -> Step: ...
+
+    def after_backward(self, t: Progress) -> None:
+        """Between backward and the optimiser's step: DINO drops the gradient of frozen prototypes here."""
+
+    def update(self, carries: list[Carry], t: Progress) -> None:
+        """After the optimiser's step; carries holds one entry per accumulated batch."""
+
+    def predictions(self, views: Views, t: Progress) -> tuple[Tensor, Tensor] | None:
+        """(teacher, student) probabilities (B, K) of two different views of each image; None if it has none."""
+        return None
+
+
+class Tower(nn.Module):
+    """One branch: encoder, projector, and whatever else must be averaged with them."""
+
+    def __init__(self, encoder: Encoder, projector: nn.Module, **more: nn.Module):
+        super().__init__()
+        self.encoder, self.projector = encoder, projector
+        for name, module in more.items():
+            self.add_module(name, module)
+
+    def encode(self, views: list[View]) -> list[Tokens]:
+        """One Tokens per view; views of one size share an encoder call."""
+        out: dict[int, Tokens] = {}
+        for size in dict.fromkeys(v.images.shape[-2:] for v in views):
+            at = [i for i, v in enumerate(views) if v.images.shape[-2:] == size]
+            tokens = self.encoder(torch.cat([views[i].images for i in at]))
+            out.update(zip(at, tokens.chunk(len(at)), strict=True))
+        return [out[i] for i in range(len(views))]
+
+    def project(self, tokens: list[Tokens]) -> Tensor:
+        """(V, B, P): the projected global token of every view (one call per view: BatchNorm sees one view)."""
+        return torch.stack([self.projector(x.global_token) for x in tokens])
+
+
+@runtime_checkable
+class Siamese(Protocol):
+    """What MTE needs of a base: two towers, the loss between their global tokens, and its other losses."""
+
+    student: Tower
+    teacher: Tower
+
+    def encode(self, views: Views) -> tuple[list[Tokens], list[Tokens]]: ...
+    def global_loss(self, z_s: Tensor, z_t: Tensor, t: Progress) -> Step: ...
+    def other_losses(self, S: list[Tokens], T: list[Tokens], views: Views, t: Progress) -> Step: ...
+    def momentum(self, t: Progress) -> float: ...
+
+
+def ema_copy(student: Tower) -> Tower:
+    """The teacher: a frozen copy without stochastic depth, left in train mode (BatchNorm heads use batch statistics).
+
+    Frozen parameters need no no_grad blocks: what the teacher computes carries no graph.
+    """
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    for module in teacher.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return teacher
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """θ_t <- m θ_t + (1 − m) θ_s, over parameters only (buffers are not averaged)."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+def carried_mean(carries: list[Carry], name: str) -> Tensor:
+    """Mean of one carried value over accumulated batches and processes."""
+    return all_mean(torch.stack([c[name] for c in carries]).mean(0))

@@ -1,0 +1,108 @@
+"""DINO -- Caron et al., Emerging Properties in Self-Supervised Vision Transformers, ICCV 2021.
+
+    P_s(x) = softmax( g_s(x) / τ_s ),     P_t(x) = softmax( (g_t(x) − c) / τ_t )                 (1)
+    min_s  Σ_{x in global crops} Σ_{x' ≠ x}  H( P_t(x), P_s(x') ),   H(a, b) = −Σ a log b        (3)
+    c <- m c + (1 − m) mean_B g_t(x)                                                             (4)
+    θ_t <- λ θ_t + (1 − λ) θ_s
+
+g = prototypes ∘ unit length ∘ projector ∘ encoder's class token.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from triptych.data.views import Views
+from triptych.encoders.vit import Encoder
+from triptych.heads import Prototypes, mlp
+from triptych.losses import other_views, prototype_cross_entropy, teacher_probabilities, unit
+from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_copy, ema_update
+from triptych.schedules import Progress, cosine, epoch_warmup
+from triptych.tokens import Tokens, TokenSpec
+
+
+class DINOConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["dino"] = "dino"
+    hidden: int = Field(2048, ge=1)  # width of the projector's two hidden layers
+    embedding: int = Field(256, ge=1)  # P, the bottleneck before the prototypes
+    prototypes: int = Field(65536, ge=2)  # K
+    norm_last_layer: bool = True  # prototypes keep unit length; false is stabler to train with long ViT-S runs
+    student_temp: float = Field(0.1, gt=0)  # τ_s
+    teacher_temp: float = Field(0.07, gt=0)  # τ_t, reached from ...
+    teacher_temp_start: float = Field(0.04, gt=0)
+    teacher_temp_warmup: int = Field(30, ge=0)  # ... in so many epochs
+    center_momentum: float = Field(0.9, ge=0, le=1)  # m
+    teacher_momentum: float = Field(0.996, ge=0, le=1)  # λ at step 0; cosine to 1
+    freeze_prototypes: float = Field(1, ge=0)  # epochs
+
+
+class DINO(Method):
+    tokens = TokenSpec(cls=1)
+
+    def __init__(self, encoder: Encoder, config: DINOConfig):
+        super().__init__()
+        self.config = c = config
+        self.student = Tower(
+            encoder,
+            projector=mlp(encoder.width, c.hidden, c.hidden, c.embedding),
+            prototypes=Prototypes(c.embedding, c.prototypes, train_gain=not c.norm_last_layer),
+        )
+        self.teacher = ema_copy(self.student)
+        self.register_buffer("center", torch.zeros(c.prototypes))  # c
+        self.teacher_temp = epoch_warmup(c.teacher_temp_start, c.teacher_temp, c.teacher_temp_warmup)
+        self.momentum = cosine(c.teacher_momentum, 1.0)
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.teacher.encoder
+
+    def forward(self, views: Views, t: Progress) -> Step:
+        S, T = self.encode(views)
+        return self.global_loss(self.student.project(S), self.teacher.project(T), t)
+
+    def encode(self, views: Views) -> tuple[list[Tokens], list[Tokens]]:
+        """The student sees every crop, the teacher the global ones."""
+        return self.student.encode(views.all), self.teacher.encode(views.global_crops)
+
+    def global_loss(self, z_s: Tensor, z_t: Tensor, t: Progress) -> Step:
+        """z_s (Vs, B, P), z_t (Vt, B, P) -> Step.  Teacher view v and student view v are the same crop."""
+        u_s, u_t = unit(z_s), unit(z_t)
+        w_s, w_t = self.student.prototypes.weight, self.teacher.prototypes.weight
+        loss = prototype_cross_entropy(  # (1), (3)
+            u_s,
+            w_s,
+            u_t,
+            w_t,
+            center=self.center,
+            student_temp=self.config.student_temp,
+            teacher_temp=self.teacher_temp(t),
+            weight=other_views(len(u_t), len(u_s), u_s.shape[1], like=u_s),
+        )
+        # g_t is linear in the embedding, so its mean is the prototypes' product with the mean embedding.
+        return Step(loss, {"dino": loss}, carry={"u_t": u_t.mean((0, 1))})
+
+    def other_losses(self, S: list[Tokens], T: list[Tokens], views: Views, t: Progress) -> Step:
+        return Step(0.0, {})
+
+    def after_backward(self, t: Progress) -> None:
+        if t.step < self.config.freeze_prototypes * t.steps_per_epoch:
+            for p in self.student.prototypes.parameters():
+                p.grad = None
+
+    @torch.no_grad()
+    def update(self, carries: list[Carry], t: Progress) -> None:
+        g_t = self.teacher.prototypes.weight @ carried_mean(carries, "u_t")
+        self.center.lerp_(g_t, 1 - self.config.center_momentum)  # (4)
+        ema_update(self.teacher, self.student, self.momentum(t))
+
+    @torch.no_grad()
+    def predictions(self, views: Views, t: Progress) -> tuple[Tensor, Tensor]:
+        S, T = self.student.encode(views.global_crops[-1:]), self.teacher.encode(views.global_crops[:1])
+        u_s, u_t = unit(self.student.project(S)[0]), unit(self.teacher.project(T)[0])
+        zero = torch.zeros_like(self.center)
+        p_t = teacher_probabilities(u_t, self.teacher.prototypes.weight, self.center, self.teacher_temp(t))
+        return p_t, teacher_probabilities(u_s, self.student.prototypes.weight, zero, self.config.student_temp)

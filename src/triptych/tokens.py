@@ -1,0 +1,48 @@
+"""Tokens: what an encoder returns, by role instead of by position.
+
+Shape letters used in every file:
+    V views   B images   N patches   M sampled patches   D width   P embedding   K prototypes   A auxiliary tokens
+"""
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """How many tokens of each role an encoder puts beside its patch tokens.  Specs combine with `|` (the maximum)."""
+
+    cls: int = 1  # 0 for encoders without a class token: the global token is then the mean patch
+    cls_plus: int = 0  # UDI's extra class token (class+)
+    register: int = 0  # read by no loss
+    aux: int = 0  # MTE's auxiliary class tokens: private, no other token attends to them
+    mask: bool = False  # a learned vector that stands in for hidden patches
+
+    def __or__(self, other: "TokenSpec") -> "TokenSpec":
+        return TokenSpec(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one view (or of several views of one size, stacked along B)."""
+
+    patch: Tensor  # (B, N, D) after the encoder's final norm, row-major
+    patch_raw: Tensor  # (B, N, D) before it: UDI samples these
+    grid: tuple[int, int] | None  # rows, columns; None when patches were dropped and no longer tile the view
+    cls: Tensor | None = None  # (B, D)
+    cls_plus: Tensor | None = None  # (B, D)
+    register: Tensor | None = None  # (B, R, D)
+    aux: Tensor | None = None  # (B, A, D)
+
+    @property
+    def global_token(self) -> Tensor:
+        """(B, D): the class token, or the mean patch for encoders without one."""
+        return self.patch.mean(1) if self.cls is None else self.cls
+
+    def chunk(self, n: int) -> "list[Tokens]":
+        """n equal parts along B."""
+        parts = {
+            name: value.chunk(n) if isinstance(value, Tensor) else [value] * n for name, value in vars(self).items()
+        }
+        return [Tokens(**{name: part[i] for name, part in parts.items()}) for i in range(n)]

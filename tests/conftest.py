@@ -1,0 +1,89 @@
+"""Small encoders and batches that the tests share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from triptych.data.views import View, Views
+from triptych.encoders.vit import Encoder, init_encoder
+from triptych.tokens import TokenSpec
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden("udi_head") -> {name: float64/int tensor}: numbers of the authors' code (tests/golden/README.md)."""
+
+    def load(name: str) -> dict:
+        with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        return {k: a if a.dtype.kind == "U" else torch.from_numpy(a) for k, a in arrays.items()}
+
+    return load
+
+
+def tiny_encoder(spec: TokenSpec, *, image=16, patch=4, width=12, depth=2, heads=3, drop_path=0.0, **options):
+    """A ViT small enough for a test, through the product's own initialisation."""
+    vit = VisionTransformer(
+        img_size=image,
+        patch_size=patch,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        num_classes=0,
+        reg_tokens=spec.cls_plus + spec.register,
+        drop_path_rate=drop_path,
+    )
+    encoder = Encoder(vit, spec, **options)
+    init_encoder(encoder)
+    return encoder
+
+
+GOLDEN_BLOCK = {
+    "ln1": "norm1",
+    "qkv": "attn.qkv",
+    "attn_out": "attn.proj",
+    "ln2": "norm2",
+    "mlp_in": "mlp.fc1",
+    "mlp_out": "mlp.fc2",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+}
+
+
+def timm_name(golden_name: str) -> str:
+    """'blocks.0.ln1.w' or 'blk0.ln1.w' -> timm's 'blocks.0.norm1.weight'."""
+    name = golden_name.replace("blk", "blocks.") if golden_name.startswith("blk") else golden_name
+    head, _, leaf = name.rpartition(".")
+    leaf = {"w": "weight", "b": "bias"}.get(leaf, leaf)
+    if head.startswith("blocks."):
+        _, index, part = head.split(".")
+        return f"blocks.{index}.{GOLDEN_BLOCK[part]}.{leaf}"
+    whole = {"cls": "cls_token", "pos": "pos_embed"}
+    return whole.get(name) or f"{ {'patch': 'patch_embed.proj', 'ln_out': 'norm', 'ln': 'norm'}[head] }.{leaf}"
+
+
+def random_views(
+    images=4, *, size=16, local=8, n_local=2, patch=4, windows=(2, 1), seed=0, dtype=torch.float64
+) -> Views:
+    """A batch of random pixels with overlapping boxes and stratified samples."""
+    g = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
+
+    def view(side: int, window: int) -> View:
+        from triptych.data.crops import stratified_sample
+
+        low = torch.rand(images, 2, generator=g, dtype=dtype) * 0.3
+        high = low + 0.4 + torch.rand(images, 2, generator=g, dtype=dtype) * 0.3
+        box = torch.cat([low, high], 1)
+        flip = torch.rand(images, generator=g) < 0.5
+        box = torch.where(flip[:, None], box[:, [0, 3, 2, 1]], box)
+        samples = [stratified_sample((side // patch,) * 2, window, rng) for _ in range(images)]
+        pixels = torch.randn(images, 3, side, side, generator=g, dtype=dtype)
+        return View(pixels, box, torch.full((images, 2), 0.01, dtype=dtype), torch.from_numpy(np.stack(samples)))
+
+    return Views([view(size, windows[0]) for _ in range(2)], [view(local, windows[1]) for _ in range(n_local)])
