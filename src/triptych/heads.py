@@ -17,7 +17,7 @@ def init_linear(module: nn.Module, std: float = 0.02) -> None:
 
 
 def mlp(*sizes: int, batch_norm: bool = False) -> nn.Sequential:
-    """Linear layers with GELU between them: mlp(D, hidden, hidden, P).  batch_norm: before each GELU, on (B, D) input."""
+    """Linear layers with GELU between: mlp(D, hidden, hidden, P).  batch_norm: before each GELU, on (B, D) input."""
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(itertools.pairwise(sizes)):
         layers.append(nn.Linear(a, b))

@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from triptych.schedules import Progress, cosine, warmup_cosine
+from triptych.schedules import cosine, warmup_cosine
 
 Clipping = Literal["per_parameter", "global"]
 

@@ -119,7 +119,7 @@ class UDI(Method):
         return Step(self.config.weights[0] * loss, {"class": loss}, {"class": u_t.mean((0, 1))})
 
     def other_losses(self, S: list[Tokens], T: list[Tokens], views: Views, t: Progress) -> Step:
-        """class+ and patches: per level (global, local) over all pairs of a student view and a different teacher view."""
+        """class+ and patches: per level (global, local) over all pairs of a student view and another teacher view."""
         u_cls, seen = unit(self.teacher.project(T)), self.patches_seen(S, T, views)
         plus, patch, blends, places = [], [], [], []
         for students in (range(len(T)), range(len(T), len(S))):

@@ -1,0 +1,206 @@
+"""The command line.  Nothing heavy is imported before a command needs it: --help and completion stay quick."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from triptych import __version__
+from triptych.errors import UserError
+
+app = App(
+    name="triptych",
+    help="Pre-train vision encoders on your own images, and see how good they are.",
+    version=__version__,
+)
+evaluate = App(name="eval", help="Measure a frozen encoder on labelled images.")
+app.command(evaluate)
+
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+
+
+@app.command
+def train(
+    *overrides: Overrides,
+    data: str | None = None,
+    recipe: str = "udi_small",
+    config: Path | None = None,
+    out: Path | None = None,
+    show: bool = False,
+) -> None:
+    """Pre-train an encoder on images.  The same command goes on with a run that was stopped.
+
+    Every field of the recipe can be set by its dotted name: `--epochs 50 --method.alpha 0.3`; `--show` lists them.
+
+    Parameters
+    ----------
+    data
+        Folder, .zip, .tar, list of paths (.txt) or data set name; see `triptych list`.  The only required argument.
+    recipe
+        Name of a recipe; see `triptych list`.
+    config
+        YAML file of recipe fields, such as a run's recipe.yaml; the command line wins over it.
+    out
+        Folder of the run.  Default: runs/RECIPE-DATA.
+    show
+        Print the resolved recipe and where each value comes from, then stop.
+    """
+    from triptych import commands
+
+    commands.train(data, recipe, config, out, show, list(overrides))
+
+
+@app.command(name="list")
+def list_() -> None:
+    """Print all methods, encoders, recipes, sources and evaluations."""
+    from triptych import commands
+
+    commands.list_all()
+
+
+@app.command
+def quickstart(out: Path = Path("quickstart")) -> None:
+    """Draw a small data set, pre-train a small ViT on it with UDI, and show what it learned (under 3 minutes).
+
+    Parameters
+    ----------
+    out
+        Folder that receives the images, the run, the picture and the exported encoder; must be new or empty.
+    """
+    from triptych.quickstart import quickstart as run
+
+    run(out)
+
+
+Model = Annotated[str, Parameter(help="A run's folder, an export, a file of weights or a timm name.")]
+Data = Annotated[str, Parameter(help="Labelled images to learn from; a folder with train/ and val/ is both.")]
+Test = Annotated[str | None, Parameter(help="Labelled images to measure on.  Default: the data's own held-out part.")]
+TokenName = Literal["cls", "cls_plus", "patch_mean", "cls+patch_mean"]
+
+
+@evaluate.command(name="knn")
+def eval_knn(
+    model: Model,
+    *,
+    data: Data,
+    test: Test = None,
+    token: TokenName = "cls",
+    layers: int = 1,
+    k: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
+    temperature: float = 0.07,
+    weights: Literal["teacher", "student", "untrained"] = "teacher",
+    arch: str | None = None,
+    size: int | None = None,
+    cache: bool = True,
+    out: Path = Path("results.jsonl"),
+) -> None:
+    """Weighted nearest neighbours on frozen features.
+
+    Parameters
+    ----------
+    token
+        cls_plus is UDI's class+ token.
+    layers
+        Tokens of so many last blocks, concatenated.
+    k
+        Numbers of neighbours, default 10 20 100 200.
+    temperature
+        Of the votes exp(cosine / T).
+    weights
+        Of a run: the teacher, the student, or the encoder before training.
+    arch
+        timm name of the architecture, where a bare file of weights leaves the heads open.
+    size
+        Pixels of the evaluated images.  Default: what the encoder was trained on.
+    cache
+        Keep and reuse extracted features under ~/.cache/triptych (or $TRIPTYCH_CACHE).
+    out
+        File that the result is appended to as one JSON line.
+    """
+    from triptych import commands
+
+    options = {"weights": weights, "arch": arch, "size": size, "token": token, "layers": layers, "cache": cache}
+    commands.eval_knn(model, data, test, out, k=k, temperature=temperature, **options)
+
+
+@evaluate.command(name="linear")
+def eval_linear(
+    model: Model,
+    *,
+    data: Data,
+    test: Test = None,
+    token: TokenName = "cls",
+    layers: int = 1,
+    epochs: int = 100,
+    batch: int = 256,
+    select: Literal["held_out", "test"] = "held_out",
+    norm: Literal["none", "batch"] = "none",
+    seed: int = 0,
+    weights: Literal["teacher", "student", "untrained"] = "teacher",
+    arch: str | None = None,
+    size: int | None = None,
+    cache: bool = True,
+    out: Path = Path("results.jsonl"),
+) -> None:
+    """A linear classifier on frozen features; several learning rates at once, one chosen.
+
+    Parameters
+    ----------
+    token
+        cls_plus is UDI's class+ token.
+    layers
+        Tokens of so many last blocks, concatenated (the papers: 4 for ViT-S).
+    select
+        What the rate is chosen on: a held-out tenth of the training images, or the test images (the papers' way).
+    norm
+        "batch" standardises features with the training mean and deviation (MAE's way).
+    weights
+        Of a run: the teacher, the student, or the encoder before training.
+    arch
+        timm name of the architecture, where a bare file of weights leaves the heads open.
+    size
+        Pixels of the evaluated images.  Default: what the encoder was trained on.
+    cache
+        Keep and reuse extracted features under ~/.cache/triptych (or $TRIPTYCH_CACHE).
+    out
+        File that the result is appended to as one JSON line.
+    """
+    from triptych import commands
+
+    options = {"weights": weights, "arch": arch, "size": size, "token": token, "layers": layers, "cache": cache}
+    probe = {"epochs": epochs, "batch": batch, "select": select, "norm": norm, "seed": seed}
+    commands.eval_linear(model, data, test, out, probe, **options)
+
+
+@app.command
+def export(
+    model: Model, *, out: Path, weights: Literal["teacher", "student"] = "teacher", size: int | None = None
+) -> None:
+    """Write an encoder for other software: safetensors, config and model card; loads in timm.
+
+    Parameters
+    ----------
+    out
+        New folder.
+    weights
+        Of a run.
+    size
+        Pixels of the images that the written config expects.  Default: what it was trained on.
+    """
+    from triptych import commands
+
+    commands.export(model, out, weights, size)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: users' mistakes end with a message and exit code 2."""
+    try:
+        app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
+    except CycloptsError:
+        sys.exit(2)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

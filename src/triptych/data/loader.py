@@ -1,0 +1,227 @@
+"""From a source to batches of views.  A batch is a function of (seed, step): resume is exact, workers do not matter."""
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import InterpolationMode
+
+from triptych.data.colour import Role, augment
+from triptych.data.crops import (
+    Box,
+    Crop,
+    LocalReference,
+    Overlap,
+    local_reference,
+    random_crop,
+    steer,
+    stratified_sample,
+)
+from triptych.data.images import UnreadableImage
+from triptych.data.sources import Source, load_rgb
+from triptych.data.views import View, Views, ViewSpec
+from triptych.errors import UserError
+
+
+class ViewsConfig(BaseModel):
+    """Two global crops and so many local ones of every image."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    global_size: int = Field(224, ge=1)  # pixels
+    local_size: int = Field(96, ge=1)  # pixels
+    local_crops: int = Field(8, ge=0)  # L
+    global_scale: tuple[float, float] = (0.25, 1.0)  # share of the image's area
+    local_scale: tuple[float, float] = (0.05, 0.25)
+    overlap: Overlap = "independent"  # or steered towards each other: "fixed", "official" (with its slip)
+    local_reference: LocalReference = "union"  # what local crops are steered to; "official": as released
+    flip: float = Field(0.5, ge=0, le=1)  # probability
+    colour: str = "dino"  # policy of data/colour.py
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+class LoaderConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    workers: int | None = Field(None, ge=0)  # processes that make views; None = the cores of this process, at most 16
+    max_unreadable: float = Field(0.01, ge=0, le=1)  # share of the data set; more of it stops the run
+
+
+@dataclass(frozen=True)
+class Sample:
+    """All views of one image: pixels (h, w, 3) uint8, boxes (4,) and samples (M,) or None, global crops first."""
+
+    pixels: list[Tensor]
+    boxes: list[Tensor]
+    samples: list[Tensor | None]
+    pixel: Tensor  # (2,)
+    unreadable: tuple[str, ...]  # keys that were tried before one could be read
+
+
+class ViewDataset(Dataset):
+    """(epoch, index) -> Sample.  All randomness comes from (seed, epoch, index)."""
+
+    def __init__(self, source: Source, config: ViewsConfig, spec: ViewSpec, patch_size: int, seed: int):
+        self.source, self.config, self.spec, self.patch_size, self.seed = source, config, spec, patch_size, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        image, unreadable = self._readable(index)
+        rng = np.random.default_rng([self.seed, epoch, index])
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W), channels last in memory
+        height, width = pixels.shape[1:]
+        sample = Sample([], [], [], torch.tensor([1 / height, 1 / width]), unreadable)
+        windows = self._windows(rng)
+        for (crop, flipped), role in self._crops(height, width, rng):
+            size = self.config.local_size if role == "local" else self.config.global_size
+            view = F.resized_crop(pixels, *crop, [size, size], InterpolationMode.BICUBIC, antialias=True)
+            view = np.ascontiguousarray(view.permute(1, 2, 0).numpy())
+            view = augment(view[:, ::-1] if flipped else view, rng, policy=self.config.colour, role=role)
+            sample.pixels.append(torch.from_numpy(view))
+            sample.boxes.append(_edges(crop, flipped, height, width))
+            sample.samples.append(windows["local" if role == "local" else "global"])
+        return sample
+
+    def _readable(self, index: int):
+        """The image, or the next one that can be read, and the keys that could not."""
+        unreadable = []
+        for i in range(min(100, len(self.source))):
+            try:
+                return load_rgb(self.source, (index + i) % len(self.source)), tuple(unreadable)
+            except UnreadableImage as error:
+                unreadable.append(str(error))
+        raise UserError(f"{len(unreadable)} images in a row cannot be read, the first: {unreadable[0]}")
+
+    def _crops(self, height: int, width: int, rng: np.random.Generator) -> Iterator[tuple[tuple[Crop, bool], Role]]:
+        c = self.config
+
+        def draw(scale: tuple[float, float], reference: Box | None) -> tuple[Crop, bool]:
+            crop = random_crop(height, width, scale, rng)
+            if reference is not None:
+                crop = steer(crop, reference, height, width, c.overlap)
+            return crop, bool(rng.random() < c.flip)
+
+        first = draw(c.global_scale, None)
+        second = draw(c.global_scale, Box.of(*first))
+        yield first, "global_1"
+        yield second, "global_2"
+        reference = local_reference(Box.of(*first), Box.of(*second), c.local_reference)
+        for _ in range(c.local_crops):
+            yield draw(c.local_scale, reference), "local"
+
+    def _windows(self, rng: np.random.Generator) -> dict[str, Tensor | None]:
+        """One stratified pattern for both global views and one for all local views of the image, as released."""
+        sizes = {"global": self.config.global_size, "local": self.config.local_size}
+        windows = {"global": self.spec.window_global, "local": self.spec.window_local}
+        side = {level: size // self.patch_size for level, size in sizes.items()}
+        return {
+            level: torch.from_numpy(stratified_sample((side[level],) * 2, window, rng)) if window else None
+            for level, window in windows.items()
+        }
+
+
+def _edges(crop: Crop, flipped: bool, height: int, width: int) -> Tensor:
+    """(4,) y0 x0 y1 x1 in image coordinates, x0 > x1 when flipped."""
+    left, right = crop.j / width, (crop.j + crop.w) / width
+    if flipped:
+        left, right = right, left
+    return torch.tensor([crop.i / height, left, (crop.i + crop.h) / height, right])
+
+
+def collate(samples: list[Sample]) -> tuple[Views, list[str]]:
+    """-> views (uint8, channels last in memory), reasons of images that could not be read"""
+
+    def view(i: int) -> View:
+        patches = [s.samples[i] for s in samples if s.samples[i] is not None]
+        return View(
+            images=torch.stack([s.pixels[i] for s in samples]).permute(0, 3, 1, 2),
+            box=torch.stack([s.boxes[i] for s in samples]),
+            pixel=torch.stack([s.pixel for s in samples]),
+            samples=torch.stack(patches) if patches else None,
+        )
+
+    views = [view(i) for i in range(len(samples[0].pixels))]
+    return Views(views[:2], views[2:]), [reason for s in samples for reason in s.unreadable]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Which images each batch holds: lists of (epoch, index), from any optimiser step on.
+
+    One optimiser step takes `batch` images of the epoch's permutation: `accumulate` parts, each shared out evenly and
+    in order among the processes.  The rest of an epoch that fills no step is left out.
+    """
+
+    images: int
+    batch: int
+    epochs: int
+    seed: int
+    accumulate: int = 1
+    rank: int = 0
+    world: int = 1
+    start: int = 0  # optimiser step
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.images // self.batch
+
+    def __len__(self) -> int:
+        return (self.epochs * self.steps_per_epoch - self.start) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        each = self.batch // (self.accumulate * self.world)
+        order, order_epoch = np.empty(0, np.int64), -1
+        for step in range(self.start, self.epochs * self.steps_per_epoch):
+            epoch, at = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = np.random.default_rng([self.seed, epoch]).permutation(self.images), epoch
+            for part in range(self.accumulate):
+                first = at * self.batch + (part * self.world + self.rank) * each
+                yield [(epoch, int(i)) for i in order[first : first + each]]
+
+
+def check_batch(images: int, batch: int, accumulate: int, world: int) -> None:
+    """Raises UserError where a step cannot be filled or shared out."""
+    if batch > images:
+        raise UserError(f"the data set has {images} images, fewer than one step's batch of {batch}: set --batch lower")
+    if batch % (accumulate * world):
+        raise UserError(
+            f"a batch of {batch} images does not divide into {accumulate} accumulated parts x {world} processes"
+        )
+
+
+def in_worker(_: int) -> None:
+    """Set-up of every worker process."""
+    # A signal to the whole process group is the main process's to handle: it still needs the batch in hand.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def default_workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def make_loader(dataset: ViewDataset, batches: Batches, config: LoaderConfig, *, pin: bool) -> DataLoader:
+    """Yields (Views, reasons of unreadable images) for every entry of `batches`."""
+    workers = default_workers() if config.workers is None else config.workers
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists will do
+        collate_fn=collate,
+        num_workers=workers,
+        worker_init_fn=in_worker,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+    )

@@ -1,0 +1,243 @@
+"""Encoders from files and names: Triptych runs and exports, timm models, state dicts of other code bases."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from triptych.encoders.vit import Encoder
+from triptych.errors import UserError, nearest
+from triptych.tokens import TokenSpec
+
+Weights = Literal["teacher", "student", "untrained"]
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An encoder with what an evaluation needs to know of it."""
+
+    encoder: Encoder
+    name: str  # as the user gave it, with which weights
+    size: int  # pixels of the images it was trained on
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+def load_encoder(
+    model: str, *, weights: Weights = "teacher", arch: str | None = None, heads: int | None = None
+) -> Loaded:
+    """model: a run's folder, a checkpoint of one, an exported folder, a state dict (.pt .pth .safetensors) or a timm
+    name (its published weights; weights="untrained" leaves them out).
+
+    arch (a timm name) or heads say what a bare state dict leaves open.  Raises UserError.
+    """
+    path = Path(model)
+    if (path / "recipe.yaml").exists():
+        return _of_run(path, None, weights)
+    if path.suffix == ".pt" and (path.parent.parent / "recipe.yaml").exists():
+        return _of_run(path.parent.parent, path, weights)
+    if weights == "student":
+        raise UserError(f"{model} is not a Triptych run: only runs hold a student beside the teacher")
+    if (path / "config.json").exists():
+        return _of_export(path)
+    if path.is_file():
+        encoder = encoder_of(read_state(path), arch=arch, heads=heads)
+        return Loaded(encoder, model, encoder.vit.patch_embed.img_size[0])
+    name = model.removeprefix("timm:")
+    if not timm.is_model(name.split(".")[0]):
+        known = timm.list_models("vit*")
+        raise UserError(
+            f"{model!r} is neither a run, an export, a file of weights nor a timm model{nearest(name, known)}"
+        )
+    return _of_timm(name, pretrained=weights != "untrained")
+
+
+def _of_run(folder: Path, file: Path | None, weights: Weights) -> Loaded:
+    from triptych import checkpoint  # here, because the loop imports this module
+    from triptych.recipe import Recipe, build_method
+
+    recipe = Recipe.model_validate(yaml.safe_load((folder / "recipe.yaml").read_text()))
+    fresh = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"weights": None})})
+    method = build_method(recipe if weights == "untrained" else fresh)
+    steps = checkpoint.steps(folder / "checkpoints")
+    if weights != "untrained":
+        if file is None and not steps:
+            raise UserError(f"{folder} has no checkpoint yet")
+        state = checkpoint.load(file or checkpoint.path_of(folder / "checkpoints", steps[-1]))
+        method.load_state_dict(state["method"])
+        at = f"@{state['step']}"
+    else:
+        at = ""
+    student = getattr(method, "student", None)
+    encoder = student.encoder if weights == "student" and student is not None else method.encoder
+    encoder.requires_grad_(False)
+    name = f"{file or folder}{at} ({weights})"
+    return Loaded(encoder.eval(), name, recipe.views.global_size, recipe.views.mean, recipe.views.std)
+
+
+def _of_export(folder: Path) -> Loaded:
+    about = json.loads((folder / "config.json").read_text())
+    ours = about.get("triptych")
+    if ours is None:
+        raise UserError(f"{folder}/config.json was not written by `triptych export`; give its weights file instead")
+    vit = timm.create_model(about["architecture"], pretrained=False, num_classes=0, **about["model_args"])
+    vit.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    encoder = Encoder(vit, TokenSpec(**ours["tokens"]), ours["positions"])  # type: ignore[arg-type]
+    cfg = about["pretrained_cfg"]
+    return Loaded(encoder.eval(), str(folder), cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
+
+
+def _of_timm(name: str, pretrained: bool) -> Loaded:
+    try:
+        vit = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except Exception as error:  # the hub's client has many kinds of network errors
+        raise UserError(
+            f"timm could not provide {name}: {error}\nGive a file of weights where there is no network"
+        ) from error
+    cfg = vit.pretrained_cfg
+    if not hasattr(vit, "num_reg_tokens"):
+        raise UserError(f"{name} is not a plain ViT: use a timm model made of VisionTransformer's Block")
+    spec = TokenSpec(cls=int(vit.has_class_token), register=vit.num_reg_tokens)
+    if isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.LayerNorm):
+        vit.norm, vit.fc_norm = vit.fc_norm, nn.Identity()  # mean-pooling models keep their final norm there
+    encoder = Encoder(vit, spec)
+    return Loaded(encoder.eval(), name, vit.patch_embed.img_size[0], tuple(cfg["mean"]), tuple(cfg["std"]))
+
+
+def read_state(path: Path) -> State:
+    """Tensors of a file under timm's names, from whichever nesting and prefixes it uses.
+
+    Checkpoints of DINO, iBOT and UDI: the teacher's backbone.  UDI's two class tokens become the class token and the
+    first register (class+).  Heads are left out.
+    """
+    try:
+        raw: Any = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except Exception as error:
+        raise UserError(f"{path} is not a file of weights that can be read safely: {error}") from error
+    for key in ("teacher", "model", "state_dict"):
+        if isinstance(raw, dict) and isinstance(raw.get(key), dict):
+            raw = raw[key]
+    if not isinstance(raw, dict) or not all(isinstance(v, Tensor) for v in raw.values()):
+        raise UserError(f"{path} holds no state dict; looked at its top level and under teacher, model, state_dict")
+    return timm_names(raw)
+
+
+def timm_names(raw: State) -> State:
+    """Prefixes off, heads off; `reg_token` holds registers, `cls_plus_token` UDI's second class token."""
+    state = {}
+    for name, value in raw.items():
+        for prefix in ("module.", "backbone.", "backbone.", "encoder.", "vit."):
+            name = name.removeprefix(prefix)
+        if not name.startswith(("head", "fc.", "projector", "prototypes", "srs", "mask_token")):
+            state[name] = value
+    for old, new in (
+        ("fc_norm.weight", "norm.weight"),
+        ("fc_norm.bias", "norm.bias"),
+        ("register_tokens", "reg_token"),
+    ):
+        if old in state:
+            state.setdefault(new, state.pop(old))
+    if "cls_token" in state and state["cls_token"].shape[1] == 2:
+        state["cls_token"], state["cls_plus_token"] = state["cls_token"].split(1, 1)
+    missing = [n for n in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight") if n not in state]
+    if missing:
+        raise UserError(f"not the state dict of a plain ViT: it lacks {', '.join(missing)}")
+    return state
+
+
+def _positions(state: State, prefix: int) -> tuple[Tensor, Tensor]:
+    """-> slots of prefix tokens (1, 0..prefix, D), square table of the patches (1, N, D)"""
+    table = state["pos_embed"]
+    cls = int("cls_token" in state)
+    for slots in (prefix, cls, 0):  # all prefix tokens have slots (timm), only the class token (DINOv2), or none
+        if round((table.shape[1] - slots) ** 0.5) ** 2 == table.shape[1] - slots:
+            return table[:, :slots], table[:, slots:]
+    raise UserError(f"a position table of {table.shape[1]} rows is no square grid beside {prefix} class tokens")
+
+
+def _registers(state: State) -> Tensor | None:
+    """class+ and registers side by side, the order of our encoders; taken out of the state."""
+    found = [state.pop(name) for name in ("cls_plus_token", "reg_token") if name in state]
+    return torch.cat(found, 1) if found else None
+
+
+def encoder_of(state: State, *, arch: str | None = None, heads: int | None = None) -> Encoder:
+    """An encoder whose sizes are read off a timm-named state dict.  Heads cannot be: width/64 unless given."""
+    plus = int("cls_plus_token" in state)
+    registers = _registers(state)
+    kernel, cls = state["patch_embed.proj.weight"], int("cls_token" in state)
+    extra = 0 if registers is None else registers.shape[1]
+    slots, table = _positions(state, cls + extra)
+    if slots.shape[1] not in (0, cls + extra):  # registers without positions: a slot of zeros is the same
+        slots = torch.cat([slots, slots.new_zeros(1, extra, slots.shape[-1])], 1)
+    if registers is not None:
+        state = {**state, "reg_token": registers}
+    width, patch = kernel.shape[0], kernel.shape[-1]
+    if heads is None:
+        heads = timm.create_model(arch, num_classes=0).blocks[0].attn.num_heads if arch else max(1, width // 64)
+    vit = VisionTransformer(
+        img_size=round(table.shape[1] ** 0.5) * patch,
+        patch_size=patch,
+        embed_dim=width,
+        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        num_heads=heads,
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
+        class_token=bool(cls),
+        no_embed_class=not slots.shape[1],
+        reg_tokens=extra,
+        pre_norm="norm_pre.weight" in state,
+        num_classes=0,
+        global_pool="token" if cls else "",
+    )
+    try:
+        vit.load_state_dict({**state, "pos_embed": torch.cat([slots, table], 1)}, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"not the state dict of a plain ViT: {error}") from error
+    return Encoder(vit, TokenSpec(cls=cls, cls_plus=plus, register=extra - plus)).eval()
+
+
+def load_weights(encoder: Encoder, file: str) -> None:
+    """Start an encoder from a file of weights: positions are resampled to its grid, tokens it adds stay fresh.
+
+    Raises UserError where anything else does not fit.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"--encoder.weights {file}: no such file; give a .pt, .pth or .safetensors state dict")
+    state, vit = read_state(path), encoder.vit
+    registers = _registers(state)
+    extra = 0 if registers is None else registers.shape[1]
+    slots, table = _positions(state, int("cls_token" in state) + extra)
+    ours = vit.state_dict()
+    if registers is not None and "reg_token" in ours and registers.shape == ours["reg_token"].shape:
+        state["reg_token"] = registers
+    grid, side = vit.patch_embed.grid_size, round(table.shape[1] ** 0.5)
+    table = resample_abs_pos_embed(table, list(grid), [side, side], num_prefix_tokens=0)
+    own = ours["pos_embed"].shape[1] - table.shape[1]
+    kept = min(own, slots.shape[1])
+    state["pos_embed"] = torch.cat([slots[:, :kept], ours["pos_embed"][:, kept:own], table], 1)
+    fresh = [name for name in ours if name not in state]
+    wrong = [name for name in state if name not in ours or state[name].shape != ours[name].shape]
+    if wrong or set(fresh) - {"cls_token", "reg_token"}:
+        lines = [
+            f"{n}: {tuple(state[n].shape)} in the file, {tuple(ours[n].shape) if n in ours else 'absent'} here"
+            for n in wrong
+        ]
+        lines += [f"{n}: not in the file" for n in fresh if n not in ("cls_token", "reg_token")]
+        raise UserError(f"{file} does not fit the encoder:\n  " + "\n  ".join(lines[:8]))
+    vit.load_state_dict({**ours, **state})

@@ -1,0 +1,140 @@
+"""An encoder for other software: weights under timm's names, a config that timm reads, a model card."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from triptych.encoders import Encoder
+from triptych.encoders.load import Loaded
+from triptych.errors import UserError
+from triptych.evals.features import weights_hash
+
+# In a fresh process, with timm alone.
+_CHECK = """
+import sys, timm, torch
+from safetensors.torch import load_file, save_file
+folder, images, out = sys.argv[1:]
+model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+with torch.no_grad():
+    save_file({"tokens": model.forward_features(load_file(images)["images"])}, out)
+"""
+
+
+def export(loaded: Loaded, out: Path, *, size: int | None = None) -> float:
+    """Write the encoder without training-only tokens to the new folder `out`.
+
+    -> the largest absolute difference between its tokens here and in timm in a fresh process (also in the card).
+    Raises UserError where the folder is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: give a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    encoder = loaded.encoder.without("aux").without("mask").cpu().float().eval()
+    save_file({k: v.contiguous() for k, v in encoder.vit.state_dict().items()}, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(timm_config(encoder, loaded, size), indent=2) + "\n")
+    difference = compare_with_timm(encoder, out, loaded.size)
+    (out / "README.md").write_text(card(encoder, loaded, difference))
+    return difference
+
+
+def timm_config(encoder: Encoder, loaded: Loaded, size: int | None) -> dict:
+    """What `timm.create_model("local-dir:...")` needs, and under "triptych" what our roles need."""
+    vit = encoder.vit
+    block, native = vit.blocks[0], vit.patch_embed.img_size
+    arguments = {
+        "img_size": list(native),
+        "patch_size": encoder.patch_size,
+        "embed_dim": encoder.width,
+        "depth": encoder.depth,
+        "num_heads": encoder.heads,
+        "mlp_ratio": block.mlp.fc1.out_features / encoder.width,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "init_values": 1.0 if hasattr(block.ls1, "gamma") else None,
+        "class_token": vit.has_class_token,
+        "no_embed_class": vit.no_embed_class,
+        "reg_tokens": vit.num_reg_tokens,
+        "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
+        "global_pool": "token" if vit.has_class_token else "",
+        "dynamic_img_size": True,
+    }
+    pixels = size or loaded.size
+    preprocessing = {
+        "input_size": [3, pixels, pixels],
+        "fixed_input_size": False,
+        "interpolation": "bicubic",
+        "crop_pct": 224 / 256,
+        "mean": list(loaded.mean),
+        "std": list(loaded.std),
+        "num_classes": 0,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
+    return {
+        "architecture": "vit_tiny_patch16_224",  # any plain ViT's name: model_args says all that differs
+        "num_classes": 0,
+        "num_features": encoder.width,
+        "model_args": {k: v for k, v in arguments.items() if v is not None},
+        "pretrained_cfg": preprocessing,
+        "triptych": {"tokens": vars(encoder.spec), "positions": encoder.positions},
+    }
+
+
+@torch.no_grad()
+def compare_with_timm(encoder: Encoder, folder: Path, size: int) -> float:
+    """Largest absolute difference of all final tokens on four random images."""
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    ours = all_tokens(encoder, images)
+    with tempfile.TemporaryDirectory() as scratch:
+        save_file({"images": images}, Path(scratch) / "images")
+        files = [str(folder.resolve()), str(Path(scratch) / "images"), str(Path(scratch) / "tokens")]
+        done = subprocess.run([sys.executable, "-c", _CHECK, *files], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"timm cannot load what was written to {folder}:\n{done.stderr}")
+        theirs = load_file(files[-1])["tokens"]
+    return (ours - theirs).abs().max().item()
+
+
+def all_tokens(encoder: Encoder, images: Tensor) -> Tensor:
+    """(B, T, D) in timm's order: class, class+, registers, patches."""
+    x = encoder(images)
+    single = [t[:, None] for t in (x.cls, x.cls_plus) if t is not None]
+    return torch.cat([*single, *([x.register] if x.register is not None else []), x.patch], 1)
+
+
+def card(encoder: Encoder, loaded: Loaded, difference: float) -> str:
+    """The model card."""
+    from triptych.run_folder import provenance
+
+    about, spec = provenance(), encoder.spec
+    parameters = sum(p.numel() for p in encoder.vit.parameters()) / 1e6
+    order = ["class"] * spec.cls + ["class+"] * spec.cls_plus + [f"{spec.register} registers"] * bool(spec.register)
+    plus = "\nClass+ is UDI's second class token: token 1 of `forward_features`.\n" if spec.cls_plus else ""
+    return f"""---
+library_name: timm
+tags: [image-feature-extraction, self-supervised]
+---
+# {loaded.name}
+
+A vision transformer ({parameters:.1f} M parameters, patches of {encoder.patch_size} px, width {encoder.width}, \
+{encoder.depth} blocks), pre-trained without labels by Triptych {about["triptych"]} (commit {about["commit"]}).
+
+```python
+import timm
+model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()
+tokens = model.forward_features(images)  # (B, tokens, {encoder.width})
+```
+Tokens, in order: {", ".join([*order, "patches row by row"])}.
+{plus}
+- Images: {loaded.size} px, mean {loaded.mean}, std {loaded.std}.
+- Weights: sha256 prefix {weights_hash(encoder)}.
+- Checked when written: timm {__import__("timm").__version__} in a fresh process gives the same tokens on four random \
+images of {loaded.size} px, largest difference {difference:.3g}.
+- Positions on other grids: trained with the "{encoder.positions}" resampling; timm resamples its own way.
+- The weights are yours: Triptych claims no rights in what it trains.
+"""

@@ -1,0 +1,75 @@
+"""The folder of a run: whose it is, and what a number must be printed with."""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from triptych import __version__, distributed
+from triptych.data.sources import Source
+from triptych.errors import UserError
+from triptych.recipe import Recipe
+from triptych.settings import flat
+
+RESUMABLE = ("loader", "checkpoint")  # parts of a recipe that may differ when a run goes on: they change no number
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and hardware: what a number must be printed with."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "triptych": __version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "hardware": device,
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, with '+' for uncommitted changes; None if installed."""
+    here = Path(__file__).parent
+    try:
+        ask = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"]
+        top = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        if not (Path(top) / "src" / "triptych").is_dir():
+            return None
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def claim_folder(recipe: Recipe, source: Source, out: Path) -> None:
+    """Write recipe.yaml and run.json, or check that an existing run is this one.  Raises UserError where it is not."""
+    if not distributed.is_main():
+        return
+    mine = recipe.model_dump(mode="json")
+    data = {"name": str(Path(source.name).resolve()) if Path(source.name).exists() else source.name}
+    data |= {"images": len(source), "fingerprint": source.fingerprint()}
+    file, about = out / "recipe.yaml", out / "run.json"
+    if file.exists() and about.exists():
+        theirs = yaml.safe_load(file.read_text())
+        changed = [
+            f"{k}: {v!r} there, {flat(mine).get(k)!r} now" for k, v in flat(theirs).items() if flat(mine).get(k) != v
+        ]
+        changed = [line for line in changed if not line.startswith(RESUMABLE)]
+        there = json.loads(about.read_text())["data"]
+        if there["fingerprint"] != data["fingerprint"]:
+            changed.append(
+                f"data: {there['name']} ({there['images']} images) there, {data['name']} ({len(source)}) now"
+            )
+        if changed:
+            lines = "\n  ".join(changed)
+            raise UserError(f"{out} holds another run:\n  {lines}\nGive another --out, or remove the folder")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and holds no run: give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    about.write_text(json.dumps({"data": data, **provenance()}, indent=2) + "\n")
+    file.write_text(yaml.safe_dump(mine, sort_keys=False))

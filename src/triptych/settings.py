@@ -1,0 +1,135 @@
+"""From a recipe's name, a YAML file and `--dotted.name value` pairs to one checked Recipe, with each value's origin."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from triptych.errors import UserError, nearest
+from triptych.recipe import Recipe
+from triptych.recipes import RECIPES
+
+Flat = dict[str, Any]
+
+
+def flat(nested: dict, prefix: str = "") -> Flat:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    out: Flat = {}
+    for key, value in nested.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def nested(values: Flat) -> dict:
+    """{"a.b": 1} -> {"a": {"b": 1}}"""
+    out: dict = {}
+    for name, value in values.items():
+        *path, leaf = name.split(".")
+        at = out
+        for key in path:
+            at = at.setdefault(key, {})
+        at[leaf] = value
+    return out
+
+
+def parse_overrides(words: list[str]) -> Flat:
+    """["--epochs", "50", "--method.alpha=0.3"] -> {"epochs": 50, "method.alpha": 0.3}; values are read as YAML."""
+    out: Flat = {}
+    words = [part for w in words for part in (w.split("=", 1) if w.startswith("--") and "=" in w else [w])]
+    i = 0
+    while i < len(words):
+        if not words[i].startswith("--"):
+            raise UserError(f"{words[i]!r} stands alone: settings are given as --name value")
+        name = words[i][2:].replace("-", "_")
+        i += 1
+        given = []
+        while i < len(words) and not words[i].startswith("--"):
+            given.append(words[i])
+            i += 1
+        if not given:
+            raise UserError(f"--{name} needs a value")
+        values = [_value(word) for word in given]
+        out[name] = values[0] if len(values) == 1 else values
+    return out
+
+
+def _value(word: str) -> Any:
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError:
+        return word
+
+
+def read_config(path: Path) -> Flat:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no mapping of recipe fields; see `triptych train --show`")
+    return flat(content)
+
+
+def resolve(name: str, config: Path | None, overrides: Flat) -> tuple[Recipe, dict[str, str]]:
+    """-> the recipe, and for each of its flat field names where the value comes from."""
+    if name not in RECIPES:
+        raise UserError(f"no recipe {name!r}{nearest(name, RECIPES)} there are: {', '.join(RECIPES)}")
+    start = RECIPES[name]()
+    layers = [("default", flat(start.model_dump())), (f"recipe {name}", flat(start.model_dump(exclude_unset=True)))]
+    if config is not None:
+        layers.append((str(config), read_config(config)))
+    layers.append(("command line", overrides))
+    values, origin = {}, {}
+    for source, layer in layers:
+        if layer.get("method.name", values.get("method.name")) != values.get("method.name"):
+            # Another method: what both have stays, the rest of the old method's fields would not be understood.
+            known = _fields(Recipe, layer["method.name"])
+            values = {k: v for k, v in values.items() if k in known}
+        for key, value in layer.items():
+            _check_name(key, _fields(Recipe, layer.get("method.name", values.get("method.name"))), source)
+            values[key], origin[key] = value, source
+    try:
+        recipe = Recipe.model_validate(nested(values))
+    except ValidationError as error:
+        raise UserError(_readable(error, origin)) from error
+    return recipe, {key: origin.get(key, "default") for key in flat(recipe.model_dump())}  # a new method's own fields
+
+
+def _fields(model: type[BaseModel], method: str | None, prefix: str = "") -> dict[str, None]:
+    """Flat names of all fields, those of one method."""
+    from triptych.methods import METHODS
+
+    out: dict[str, None] = {}
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if prefix == "" and name == "method":
+            kind = next((c for c in METHODS if c.model_fields["name"].default == method), None)
+            if kind is None:
+                names = [c.model_fields["name"].default for c in METHODS]
+                raise UserError(f"no method {method!r}{nearest(str(method), names)} there are: {', '.join(names)}")
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            out |= _fields(kind, method, f"{prefix}{name}.")
+        else:
+            out[f"{prefix}{name}"] = None
+    return out
+
+
+def _check_name(key: str, known: dict[str, None], source: str) -> None:
+    if key not in known:
+        close = nearest(key, known) or nearest(key.split(".")[-1], [k.split(".")[-1] for k in known])
+        leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+        hint = f"; did you mean {', '.join(leaf)}?" if leaf else close
+        raise UserError(f"{source}: no setting {key!r}{hint}\n`triptych train --show` lists all settings")
+
+
+def _readable(error: ValidationError, origin: dict[str, str]) -> str:
+    lines = []
+    for problem in error.errors():
+        path = [str(p) for p in problem["loc"] if p not in ("udi", "dino")]
+        name = ".".join(p for p in path if not p.isdigit())
+        where = origin.get(name, "recipe")
+        lines.append(f"{where}: {name} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+    return "\n".join(lines)

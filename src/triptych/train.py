@@ -1,0 +1,310 @@
+"""The loop.  It knows Method, Views, Progress and nothing about any paper.
+
+A step's randomness is a function of (seed, step, process), the data order one of (seed, step): a run that is killed
+and started again with the same command ends with the same bits as one that never stopped.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch.nn.parallel import DistributedDataParallel
+
+from triptych import checkpoint, distributed
+from triptych.data.loader import Batches, ViewDataset, check_batch, make_loader
+from triptych.data.sources import Source
+from triptych.data.views import Views
+from triptych.errors import UserError
+from triptych.health import measure
+from triptych.log import Metrics, ProgressLine, duration
+from triptych.methods import METHODS, Method
+from triptych.methods.base import Step
+from triptych.optim import adamw, clip_gradients, set_rates
+from triptych.recipe import Recipe, build_method
+from triptych.run_folder import claim_folder
+from triptych.schedules import Progress
+
+
+class NonFinite(RuntimeError):
+    """A loss term is NaN or infinite.  The last checkpoint is from before it."""
+
+
+class Interrupted(RuntimeError):
+    """SIGTERM or Ctrl-C; the run was saved."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}; saved")
+        self.exit_code = 128 + signal_number
+
+
+@dataclass
+class TrainResult:
+    folder: Path
+    steps: int
+    seconds: float  # of this process, training only
+    images_per_second: float
+    unreadable: list[str] = field(default_factory=list)
+
+
+def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it fast, unless the recipe says otherwise."""
+    if recipe.precision == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+
+
+def train(recipe: Recipe, source: Source, out: Path, console: Console | None = None) -> TrainResult:
+    """Run or resume `recipe` on `source`; everything is written under `out`.
+
+    Raises UserError (bad input), NonFinite, Interrupted.
+    """
+    device = distributed.start()
+    console = console or Console()
+    check_batch(len(source), recipe.batch, recipe.accumulate, distributed.world_size())
+    claim_folder(recipe, source, out)
+    return Run(recipe, source, out, device, console).train()
+
+
+class Run:
+    """One process's share of a run: the state that the loop needs, and its parts by name."""
+
+    def __init__(self, recipe: Recipe, source: Source, out: Path, device: torch.device, console: Console):
+        self.recipe, self.source, self.out, self.device = recipe, source, out, device
+        self.dtype = autocast_dtype(recipe, device)
+        self.method = build_method(recipe).to(device)
+        self.optimizer = adamw(self.method, recipe.optim)
+        self.steps_per_epoch = len(source) // recipe.batch
+        self.total = recipe.epochs * self.steps_per_epoch
+        self.unreadable: dict[str, None] = {}
+        self.start = self._resume()
+        self.model = self._distributed(self.method)
+        self.main = distributed.is_main()
+        self.metrics = Metrics(out, self.start) if self.main else None
+        self.progress = ProgressLine(console, enabled=self.main)
+        self.console = console
+        self.pending: list[tuple[dict[str, Any], list[str], torch.Tensor]] = []
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    def train(self) -> TrainResult:
+        if self.start >= self.total:
+            self._say(f"{self.out} is finished ({self.total} steps)")
+            return TrainResult(self.out, self.total, 0.0, 0.0, list(self.unreadable))
+        began, step = time.monotonic(), self.start
+        lr, weight_decay = self.recipe.optim.rates(self.recipe.batch)
+        batches = self._batches()
+        if self.start:
+            self._say(f"going on from step {self.start} of {self.total}")
+        else:
+            self._save(0)
+        try:
+            with stop_signals() as stop:
+                for step in range(self.start, self.total):
+                    t = Progress(step, self.total, self.steps_per_epoch)
+                    set_rates(self.optimizer, lr(t), weight_decay(t))
+                    self._step(t, batches)
+                    done = step + 1
+                    if self._stopped(stop):
+                        self._save(done)
+                        raise Interrupted(stop[0] if stop else signal.SIGTERM, done)
+                    if done % self.steps_per_epoch == 0:
+                        self._epoch_end(done, t)
+                    if done == self.total or done % self._save_every == 0:
+                        self._save(done)
+        finally:
+            self.progress.close()
+            if self.metrics:
+                self.metrics.close()
+        seconds = time.monotonic() - began
+        self._report_unreadable()
+        rate = (self.total - self.start) * self.recipe.batch / seconds
+        return TrainResult(self.out, self.total, seconds, rate, list(self.unreadable))
+
+    def _step(self, t: Progress, batches: Iterator) -> None:
+        """One optimiser step."""
+        recipe, waited, began, carries, out = self.recipe, 0.0, time.monotonic(), [], None
+        for part in range(recipe.accumulate):
+            asked = time.monotonic()
+            views, unreadable = next(batches)
+            waited += time.monotonic() - asked
+            self._note_unreadable(unreadable)
+            views = views.on_device(self.device, *self._normalisation)
+            torch.manual_seed(hash((recipe.seed, t.step, part, distributed.rank())))
+            last = part == recipe.accumulate - 1
+            no_sync = nullcontext() if last or self.model is self.method else self.model.no_sync()
+            with no_sync:
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    out = self.model(views, t)
+                (out.loss / recipe.accumulate).backward()
+            carries.append(out.carry)
+        assert out is not None
+        self.method.after_backward(t)
+        if recipe.optim.clip is not None:
+            clip_gradients(self.method.parameters(), recipe.optim.clip, recipe.optim.clipping)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.update(carries, t)
+        self.last_views = views
+        self._log(t, out, waited, time.monotonic() - began)
+
+    def _log(self, t: Progress, out: Step, waited: float, seconds: float) -> None:
+        """Terms stay on the device; they are read in blocks, so that the loop does not wait for the GPU."""
+        names = ["loss", *out.terms]
+        values = torch.stack([x.detach().float() for x in (out.loss, *out.terms.values())])
+        row = {"step": t.step, "epoch": t.step / t.steps_per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+        row |= {"weight_decay": self.optimizer.param_groups[0]["weight_decay"]}
+        row |= {"images_per_second": self.recipe.batch / seconds, "data_wait": waited / seconds}
+        self.pending.append((row, names, values))
+        if self.device.type == "cpu" or len(self.pending) >= 20:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write pending rows.  Raises NonFinite."""
+        rows = [(row, dict(zip(names, v.tolist(), strict=True))) for row, names, v in self.pending]
+        self.pending.clear()
+        for row, terms in rows:
+            bad = [name for name, value in terms.items() if value != value or abs(value) == float("inf")]
+            if bad:
+                term = next((name for name in bad if name != "loss"), "loss")
+                saved = checkpoint.steps(self.checkpoints)[-1]
+                raise NonFinite(
+                    f"the loss term {term!r} is {terms[term]} at step {row['step']}; the checkpoint of step {saved} is "
+                    f"kept\nTry a lower --optim.lr, a longer --optim.warmup, or --precision fp32"
+                )
+            if self.metrics:
+                self.metrics.write(row | terms)
+        if rows and self.main:
+            self._show(*rows[-1])
+
+    def _show(self, row: dict[str, Any], terms: dict[str, float]) -> None:
+        left = (self.total - row["step"] - 1) * self.recipe.batch / row["images_per_second"]
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
+        self.progress.show(
+            f"epoch {row['epoch']:.2f}/{self.recipe.epochs}  step {row['step'] + 1}/{self.total}  {losses}  "
+            f"{row['images_per_second']:.1f} images/s  data wait {row['data_wait']:.0%}  left {duration(left)}"
+        )
+
+    def _epoch_end(self, done: int, t: Progress) -> None:
+        """Health and, where labels are known, a k-NN probe; the same images every time."""
+        health = self.recipe.health
+        epoch = done // self.steps_per_epoch
+        self._flush()
+        if not health.every or epoch % health.every or not self.main:
+            return
+        row = measure(self.method, self.source, self.recipe, self.last_views, t, self.device, self.dtype)
+        if self.metrics:
+            self.metrics.write({"step": t.step, **{f"health/{name}": value for name, value in row.items()}})
+            self.metrics.flush()
+        line = "  ".join(f"{name} {value:.3g}" for name, value in row.items())
+        self.progress.show(f"epoch {epoch}/{self.recipe.epochs}  {line}", force=True)
+
+    @property
+    def _save_every(self) -> int:
+        return max(1, round(self.recipe.checkpoint.every * self.steps_per_epoch))
+
+    def _save(self, step: int) -> None:
+        self._flush()
+        if self.main:
+            if self.metrics:
+                self.metrics.flush()
+            state = {"method": self.method.state_dict(), "optimizer": self.optimizer.state_dict()}
+            state |= {"unreadable": list(self.unreadable)}
+            checkpoint.save(self.checkpoints, step, state, self.recipe.checkpoint.keep)
+        if distributed.world_size() > 1:
+            dist.barrier()
+
+    def _resume(self) -> int:
+        found = checkpoint.steps(self.checkpoints)
+        if not found:
+            return 0
+        state = checkpoint.load(checkpoint.path_of(self.checkpoints, found[-1]))
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.unreadable = dict.fromkeys(state["unreadable"])
+        return state["step"]
+
+    def _distributed(self, method: Method) -> torch.nn.Module:
+        if distributed.world_size() == 1:
+            return method
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(method, device_ids=devices, broadcast_buffers=False)
+
+    def _batches(self) -> Iterator[tuple[Views, list[str]]]:
+        r = self.recipe
+        spec = METHODS[type(r.method)].view_spec(r.method)
+        dataset = ViewDataset(self.source, r.views, spec, self.method.encoder.patch_size, r.seed)
+        batches = Batches(
+            len(self.source),
+            r.batch,
+            r.epochs,
+            r.seed,
+            r.accumulate,
+            distributed.rank(),
+            distributed.world_size(),
+            self.start,
+        )
+        return iter(make_loader(dataset, batches, r.loader, pin=self.device.type == "cuda"))
+
+    @property
+    def _normalisation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        v = self.recipe.views
+        return torch.tensor(v.mean, device=self.device), torch.tensor(v.std, device=self.device)
+
+    def _stopped(self, stop: list[int]) -> bool:
+        """Has any process been asked to stop?  All must agree, or one would wait for the others for ever."""
+        if distributed.world_size() == 1:
+            return bool(stop)
+        flag = torch.tensor(float(bool(stop)), device=self.device)
+        return bool(distributed.all_mean(flag) > 0)
+
+    def _note_unreadable(self, reasons: list[str]) -> None:
+        self.unreadable |= dict.fromkeys(reasons)
+        allowed = self.recipe.loader.max_unreadable * len(self.source)
+        if len(self.unreadable) > allowed:
+            some = "\n  ".join(list(self.unreadable)[:5])
+            raise UserError(
+                f"{len(self.unreadable)} of {len(self.source)} images cannot be read, more than the "
+                f"{self.recipe.loader.max_unreadable:.1%} that --loader.max_unreadable allows:\n  {some}\n"
+                "Remove or mend them, or allow more"
+            )
+
+    def _report_unreadable(self) -> None:
+        if self.unreadable:
+            names = "\n  ".join(self.unreadable)
+            self._say(f"{len(self.unreadable)} images could not be read and were skipped:\n  {names}")
+
+    def _say(self, text: str) -> None:
+        if distributed.is_main():
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def stop_signals():
+    """A list that receives the number of the first SIGTERM or SIGINT; a second one acts at once."""
+    received: list[int] = []
+    before = {}
+
+    def note(number: int, _frame) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            before[number] = signal.signal(number, note)
+        except ValueError:  # not the main thread: the caller handles signals
+            break
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
