@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from triptych.errors import UserError
 
@@ -113,10 +114,9 @@ def _at_least(**given: tuple[int, int]) -> None:
 
 
 def _save(image_path: Path, image: np.ndarray, mask_path: Path, mask: np.ndarray) -> None:
-    for path, picture in ((image_path, cv2.cvtColor(image, cv2.COLOR_RGB2BGR)), (mask_path, mask)):
+    for path, picture, options in ((image_path, image, {"quality": 92}), (mask_path, mask, {})):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Encoded in memory, because cv2.imwrite only returns False where the file system refuses.
-        path.write_bytes(cv2.imencode(path.suffix, picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
+        Image.fromarray(picture).save(path, **options)
 
 
 # Silhouettes: closed contours of unit area about the middle of their bounding box; a point is x + iy.

@@ -9,6 +9,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     f.__name__: f
     for f in (
         udi.udi_small,
+        udi.udi_quickstart,
         udi.udi_vits16_in1k_100ep,
         udi.udi_vits16_in1k_300ep,
         dino.dino_small,

@@ -4,7 +4,7 @@ from triptych.data.loader import ViewsConfig
 from triptych.encoders import ViTConfig
 from triptych.methods import UDIConfig
 from triptych.optim import OptimConfig
-from triptych.recipe import Recipe
+from triptych.recipe import HealthConfig, Recipe
 from triptych.recipes.dino import dino_small
 
 
@@ -55,4 +55,40 @@ def udi_small() -> Recipe:
             "method": UDIConfig(**shared, window_global=2, window_local=2),
             "views": small.views.model_copy(update={"overlap": "fixed", "colour": "udi"}),
         }
+    )
+
+
+def udi_quickstart() -> Recipe:
+    """UDI as `triptych quickstart` runs it, for 2 000 drawn scenes on two cores: ViT/8 at 48 px, 2 + 4 crops.
+
+    triptych train --recipe udi_quickstart --data scenes:2000
+    Status: run by `triptych quickstart` and by the tests.
+    """
+    return Recipe(
+        name="udi_quickstart",
+        method=UDIConfig(
+            hidden=256,
+            embedding=64,
+            prototypes=512,
+            window_global=2,
+            window_local=1,
+            teacher_temp=0.04,
+            teacher_temp_warmup=0,
+            teacher_momentum=0.98,
+            freeze_prototypes=0.1,
+        ),
+        encoder=ViTConfig(arch="vit_tiny_patch16_224", patch_size=8, width=128, depth=4, heads=4),
+        views=ViewsConfig(
+            global_size=48,
+            local_size=24,
+            local_crops=4,
+            global_scale=(0.4, 1.0),
+            local_scale=(0.1, 0.4),
+            overlap="fixed",
+            colour="udi",
+        ),
+        optim=OptimConfig(lr=4e-3, min_lr=1e-5, warmup=0.5, weight_decay_end=0.1),
+        batch=32,
+        epochs=5,
+        health=HealthConfig(every=0),
     )
