@@ -131,5 +131,6 @@ def _readable(error: ValidationError, origin: dict[str, str]) -> str:
         path = [str(p) for p in problem["loc"] if p not in ("udi", "dino")]
         name = ".".join(p for p in path if not p.isdigit())
         where = origin.get(name, "recipe")
-        lines.append(f"{where}: {name} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+        said = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {name} = {problem['input']!r}: {said[0].lower()}{said[1:]}")
     return "\n".join(lines)

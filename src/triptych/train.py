@@ -69,7 +69,6 @@ def train(recipe: Recipe, source: Source, out: Path, console: Console | None = N
     device = distributed.start()
     console = console or Console()
     check_batch(len(source), recipe.batch, recipe.accumulate, distributed.world_size())
-    claim_folder(recipe, source, out)
     return Run(recipe, source, out, device, console).train()
 
 
@@ -80,6 +79,7 @@ class Run:
         self.recipe, self.source, self.out, self.device = recipe, source, out, device
         self.dtype = autocast_dtype(recipe, device)
         self.method = build_method(recipe).to(device)
+        claim_folder(recipe, source, out)  # after what may refuse the recipe: a mistake leaves no folder behind
         self.optimizer = adamw(self.method, recipe.optim)
         self.steps_per_epoch = len(source) // recipe.batch
         self.total = recipe.epochs * self.steps_per_epoch

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import random_views, tiny_encoder
 
+from conftest import random_views, tiny_encoder
 from triptych.data.views import View, Views
 from triptych.methods import METHODS, build
 from triptych.methods.base import Siamese
@@ -192,8 +192,8 @@ def _process(rank: int, folder: str) -> None:
 def _golden_centres(rank: int, folder: str) -> None:
     """The centre updates of the authors' two-process runs (dino_center_2ranks, udi_center_2ranks)."""
     import numpy as np
-    from conftest import GOLDEN
 
+    from conftest import GOLDEN
     from triptych.methods import DINOConfig, UDIConfig
     from triptych.methods.dino import DINO
     from triptych.methods.udi import UDI
@@ -211,7 +211,9 @@ def _golden_centres(rank: int, folder: str) -> None:
         method.update([{"u_t": g[f"rank{rank}.step{step}.in.teacher"].mean(0)}], Progress(0, 2))
         torch.testing.assert_close(method.center[None], g[f"rank{rank}.step{step}.center_after"], rtol=0, atol=1e-12)
     with np.load(GOLDEN / "udi_center_2ranks.npz") as file:
-        g = {k.removeprefix(f"rank{rank}."): torch.from_numpy(file[k]) for k in file.files if k.startswith(f"rank{rank}")}
+        g = {
+            k.removeprefix(f"rank{rank}."): torch.from_numpy(file[k]) for k in file.files if k.startswith(f"rank{rank}")
+        }
     config = UDIConfig(hidden=4, embedding=10, prototypes=10, rank_weighting="rank_mean")
     method = identity(UDI(tiny_encoder(UDI.tokens), config))
     method.center.copy_(g["before"])

@@ -173,6 +173,4 @@ def test_points_outside_have_no_weight():
 def test_ends_boxes_go_through_pixel_centres():
     box = torch.tensor([[0.0, 1.0, 0.5, 0.0]], dtype=torch.float64)  # flipped: columns 9..0 of ten
     pixel = torch.tensor([[0.1, 0.1]], dtype=torch.float64)
-    torch.testing.assert_close(
-        ends_box(box, pixel), torch.tensor([[0.05, 0.95, 0.45, 0.05]], dtype=torch.float64)
-    )
+    torch.testing.assert_close(ends_box(box, pixel), torch.tensor([[0.05, 0.95, 0.45, 0.05]], dtype=torch.float64))

@@ -5,10 +5,10 @@ import json
 import pytest
 import timm
 import torch
-from conftest import tiny_encoder
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
+from conftest import tiny_encoder
 from triptych.encoders.load import Loaded, load_encoder, load_weights
 from triptych.errors import UserError
 from triptych.export import all_tokens, export
@@ -124,7 +124,9 @@ def test_files_are_never_unpickled_blindly(tmp_path):
         load_encoder(str(tmp_path / "evil.pth"))
 
 
-@pytest.mark.parametrize("spec", [TokenSpec(), TokenSpec(cls_plus=1), TokenSpec(cls_plus=1, register=2, aux=3, mask=True)])
+@pytest.mark.parametrize(
+    "spec", [TokenSpec(), TokenSpec(cls_plus=1), TokenSpec(cls_plus=1, register=2, aux=3, mask=True)]
+)
 def test_an_export_gives_timm_the_same_tokens_in_a_fresh_process(tmp_path, spec):
     torch.manual_seed(3)
     encoder = tiny_encoder(spec, image=16, patch=4).eval()

@@ -3,9 +3,9 @@
 import pytest
 import timm
 import torch
-from conftest import timm_name, tiny_encoder
 from timm.models.vision_transformer import VisionTransformer
 
+from conftest import timm_name, tiny_encoder
 from triptych.encoders.vit import Encoder, ViTConfig, build
 from triptych.errors import UserError
 from triptych.export import all_tokens
@@ -136,7 +136,7 @@ def test_dropped_patches_do_not_enter_and_leave_no_grid():
 
 
 def test_build_says_what_is_wrong():
-    with pytest.raises(UserError, match="did you mean.*vit_small_patch16_224"):
+    with pytest.raises(UserError, match=r"did you mean.*vit_small_patch16_224"):
         build(ViTConfig(arch="vit_smal_patch16_224"), TokenSpec())
     with pytest.raises(UserError, match="patches of 8 px"):
         build(ViTConfig(arch="vit_tiny_patch16_224", patch_size=8, depth=1), TokenSpec()).grid(20, 24)

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from conftest import random_views, timm_name, tiny_encoder
 
+from conftest import random_views, timm_name, tiny_encoder
 from triptych.data.views import View, Views
 from triptych.heads import Prototypes, mlp
 from triptych.losses import other_views, prototype_cross_entropy
 from triptych.methods import DINOConfig, build
 from triptych.methods.dino import DINO
-from triptych.optim import adamw, clip_gradients, parameter_groups, set_rates
-from triptych.optim import OptimConfig
+from triptych.optim import OptimConfig, adamw, clip_gradients, parameter_groups, set_rates
 from triptych.schedules import Progress, cosine, epoch_warmup, warmup_cosine
 from triptych.tokens import TokenSpec
 

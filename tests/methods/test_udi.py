@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_views, timm_name, tiny_encoder
 
 import triptych.methods.udi as udi_module
+from conftest import random_views, timm_name, tiny_encoder
 from triptych.data.views import View, Views, between
 from triptych.heads import Prototypes, mlp
 from triptych.losses import unit
@@ -153,7 +153,9 @@ def split_class_tokens(state: dict) -> dict:
 
 
 def golden_state(g: dict, prefix: str) -> dict:
-    return split_class_tokens({ours_from_golden(k.removeprefix(prefix)): v for k, v in g.items() if k.startswith(prefix)})
+    return split_class_tokens(
+        {ours_from_golden(k.removeprefix(prefix)): v for k, v in g.items() if k.startswith(prefix)}
+    )
 
 
 def test_two_training_steps_equal_the_authors(golden, monkeypatch):
@@ -174,7 +176,9 @@ def test_two_training_steps_equal_the_authors(golden, monkeypatch):
     for step in range(2):
         t = Progress(step, 2, 1)
         x = {k.removeprefix(f"step{step}."): v for k, v in g.items() if k.startswith(f"step{step}.")}
-        samples = [x["in.src_map0"].argmax(-1), x["in.src_map1"].argmax(-1)] + [torch.zeros(3, 4, dtype=torch.int64)] * 2
+        samples = [x["in.src_map0"].argmax(-1), x["in.src_map1"].argmax(-1)] + [
+            torch.zeros(3, 4, dtype=torch.int64)
+        ] * 2
         views = [View(x[f"in.view{i}"], x[f"in.box{i}"], torch.zeros(3, 2), samples[i]) for i in range(4)]
         tgt = {(0, 1): 0, (1, 0): 1, (2, 1): 2, (2, 0): 3, (3, 1): 4, (3, 0): 5}
         where = {id(v): i for i, v in enumerate(views)}
@@ -256,6 +260,7 @@ def test_the_loss_is_equation_1_written_as_loops(blend, coords):
 
 def apart(views: Views) -> Views:
     """The same batch with boxes that do not meet."""
+
     def at(v: View, i: int) -> View:
         corner = torch.tensor([0.2 * i, 0.0, 0.2 * i + 0.15, 0.15], dtype=v.box.dtype)
         return View(v.images, corner.expand(len(v.box), 4), v.pixel, v.samples)

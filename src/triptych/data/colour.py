@@ -156,6 +156,8 @@ COLOURS: dict[str, dict[Role, Mixture]] = {
     "dino": _each(global_1=((1.0, _BLUR_ALWAYS),), global_2=((1.0, _BLUR_OR_SOLARISE),), local=((1.0, _BLUR_HALF),)),
     # Su & Ji 2024 (UDI), released code: overall P(blur) = 0.425 and P(solarise) = 0.1 for every view.
     "udi": _every((0.25, _BLUR_HALF), (0.25, _BLUR_ALWAYS), (0.5, _BLUR_OR_SOLARISE)),
+    # Ours, for images whose colours tell nothing: views share no hue, so that only form can match them.
+    "form": _every((1.0, Colour(saturation=0.4, hue=0.5, p_jitter=1.0, p_grey=0.3, p_blur=0.2))),
     "none": _every((1.0, Colour(p_jitter=0.0, p_grey=0.0, p_blur=0.0))),
 }
 

@@ -9,12 +9,12 @@ import cv2
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 
-from triptych.data.colour import Role, augment
+from triptych.data.colour import COLOURS, Role, augment
 from triptych.data.crops import (
     Box,
     Crop,
@@ -28,7 +28,7 @@ from triptych.data.crops import (
 from triptych.data.images import UnreadableImage
 from triptych.data.sources import Source, load_rgb
 from triptych.data.views import View, Views, ViewSpec
-from triptych.errors import UserError
+from triptych.errors import UserError, nearest
 
 
 class ViewsConfig(BaseModel):
@@ -47,6 +47,13 @@ class ViewsConfig(BaseModel):
     colour: str = "dino"  # policy of data/colour.py
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @field_validator("colour")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in COLOURS:
+            raise ValueError(f"no such policy{nearest(name, COLOURS)} there are {', '.join(COLOURS)}")
+        return name
 
 
 class LoaderConfig(BaseModel):

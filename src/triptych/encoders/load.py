@@ -227,7 +227,9 @@ def load_weights(encoder: Encoder, file: str) -> None:
     if registers is not None and "reg_token" in ours and registers.shape == ours["reg_token"].shape:
         state["reg_token"] = registers
     if table.shape[-1] != encoder.width:
-        raise UserError(f"{file} does not fit the encoder: its width is {table.shape[-1]}, the encoder's {encoder.width}")
+        raise UserError(
+            f"{file} does not fit the encoder: its width is {table.shape[-1]}, the encoder's {encoder.width}"
+        )
     grid, side = vit.patch_embed.grid_size, round(table.shape[1] ** 0.5)
     table = resample_abs_pos_embed(table, list(grid), [side, side], num_prefix_tokens=0)
     own = ours["pos_embed"].shape[1] - table.shape[1]
