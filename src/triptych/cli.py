@@ -102,7 +102,7 @@ def eval_knn(
     token
         cls_plus is UDI's class+ token.
     layers
-        Tokens of so many last blocks, concatenated.
+        Class tokens of so many last blocks, concatenated.
     k
         Numbers of neighbours, default 10 20 100 200.
     temperature
@@ -150,7 +150,7 @@ def eval_linear(
     token
         cls_plus is UDI's class+ token.
     layers
-        Tokens of so many last blocks, concatenated (the papers: 4 for ViT-S).
+        Class tokens of so many last blocks, concatenated (the papers: 4 for ViT-S).
     select
         What the rate is chosen on: a held-out tenth of the training images, or the test images (the papers' way).
     norm

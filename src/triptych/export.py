@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -46,15 +47,15 @@ def export(loaded: Loaded, out: Path, *, size: int | None = None) -> float:
 def timm_config(encoder: Encoder, loaded: Loaded, size: int | None) -> dict:
     """What `timm.create_model("local-dir:...")` needs, and under "triptych" what our roles need."""
     vit = encoder.vit
-    block, native = vit.blocks[0], vit.patch_embed.img_size
+    block, native = encoder.blocks[0], vit.patch_embed.img_size
     arguments = {
         "img_size": list(native),
         "patch_size": encoder.patch_size,
         "embed_dim": encoder.width,
         "depth": encoder.depth,
         "num_heads": encoder.heads,
-        "mlp_ratio": block.mlp.fc1.out_features / encoder.width,
-        "qkv_bias": block.attn.qkv.bias is not None,
+        "mlp_ratio": cast(nn.Linear, block.mlp.fc1).out_features / encoder.width,
+        "qkv_bias": cast(nn.Linear, block.attn.qkv).bias is not None,
         "init_values": 1.0 if hasattr(block.ls1, "gamma") else None,
         "class_token": vit.has_class_token,
         "no_embed_class": vit.no_embed_class,

@@ -15,14 +15,14 @@ Clipping = Literal["per_parameter", "global"]
 class OptimConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    lr: float = Field(5e-4, ge=0)  # peak, per 256 images: scaled by images per step / 256
-    min_lr: float = Field(1e-6, ge=0)  # end of the cosine, not scaled
-    warmup: float = Field(10, ge=0)  # epochs
-    weight_decay: float = Field(0.04, ge=0)  # start ...
-    weight_decay_end: float = Field(0.4, ge=0)  # ... cosine to
+    lr: float = Field(default=5e-4, ge=0)  # peak, per 256 images: scaled by images per step / 256
+    min_lr: float = Field(default=1e-6, ge=0)  # end of the cosine, not scaled
+    warmup: float = Field(default=10, ge=0)  # epochs
+    weight_decay: float = Field(default=0.04, ge=0)  # start ...
+    weight_decay_end: float = Field(default=0.4, ge=0)  # ... cosine to
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    clip: float | None = Field(3.0, gt=0)  # norm that a gradient may have; None = no clipping
+    eps: float = Field(default=1e-8, gt=0)
+    clip: float | None = Field(default=3.0, gt=0)  # norm that a gradient may have; None = no clipping
     clipping: Clipping = "per_parameter"  # of each parameter tensor (DINO) or of all together
 
     def rates(self, images_per_step: int):

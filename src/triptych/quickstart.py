@@ -11,7 +11,7 @@ from rich.table import Table
 
 from triptych.data import scenes
 from triptych.data.sources import Source, open_source
-from triptych.encoders.load import load_encoder
+from triptych.encoders.load import Weights, load_encoder
 from triptych.errors import UserError
 from triptych.evals.features import EvalTransform, extract, labels_of
 from triptych.evals.knn import knn
@@ -34,7 +34,8 @@ def quickstart(out: Path, console: Console | None = None) -> None:
     sources = open_source(out / "data" / "train"), open_source(out / "data" / "test")
     result = train(udi_quickstart(), sources[0], out / "run", console)
     measured = {}
-    for weights, name in (("untrained", "before training"), ("teacher", "after training")):
+    stages: list[tuple[Weights, str]] = [("untrained", "before training"), ("teacher", "after training")]
+    for weights, name in stages:
         loaded = load_encoder(str(out / "run"), weights=weights)
         for token in ("cls", "cls_plus"):
             measured[name, token] = _measure(loaded, sources, token)

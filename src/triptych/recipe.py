@@ -19,16 +19,16 @@ class HealthConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    every: int = Field(1, ge=0)  # epochs between measurements, 0 = never
-    images: int = Field(2000, ge=8)  # at most so many images of the data set, always the same ones
-    k: int = Field(10, ge=1)  # neighbours of the k-NN probe, where labels are known
+    every: int = Field(default=1, ge=0)  # epochs between measurements, 0 = never
+    images: int = Field(default=2000, ge=8)  # at most so many images of the data set, always the same ones
+    k: int = Field(default=10, ge=1)  # neighbours of the k-NN probe, where labels are known
 
 
 class CheckpointConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    every: float = Field(1.0, gt=0)  # epochs between checkpoints
-    keep: int = Field(2, ge=1)  # so many of the last ones
+    every: float = Field(default=1.0, gt=0)  # epochs between checkpoints
+    keep: int = Field(default=2, ge=1)  # so many of the last ones
 
 
 class Recipe(BaseModel):
@@ -39,10 +39,10 @@ class Recipe(BaseModel):
     encoder: ViTConfig = ViTConfig()
     views: ViewsConfig = ViewsConfig()
     optim: OptimConfig = OptimConfig()
-    batch: int = Field(1024, ge=1)  # images per optimiser step, over all processes
-    accumulate: int = Field(1, ge=1)  # parts that a step's batch is split into, to fit in memory
-    epochs: int = Field(100, ge=1)
-    seed: int = Field(0, ge=0)
+    batch: int = Field(default=1024, ge=1)  # images per optimiser step, over all processes
+    accumulate: int = Field(default=1, ge=1)  # parts that a step's batch is split into, to fit in memory
+    epochs: int = Field(default=100, ge=1)
+    seed: int = Field(default=0, ge=0)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it fast
     loader: LoaderConfig = LoaderConfig()
     health: HealthConfig = HealthConfig()

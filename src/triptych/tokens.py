@@ -4,7 +4,9 @@ Shape letters used in every file:
     V views   B images   N patches   M sampled patches   D width   P embedding   K prototypes   A auxiliary tokens
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -42,7 +44,7 @@ class Tokens:
 
     def chunk(self, n: int) -> "list[Tokens]":
         """n equal parts along B."""
-        parts = {
+        parts: dict[str, Sequence[Any]] = {
             name: value.chunk(n) if isinstance(value, Tensor) else [value] * n for name, value in vars(self).items()
         }
         return [Tokens(**{name: part[i] for name, part in parts.items()}) for i in range(n)]

@@ -141,7 +141,8 @@ class Run:
             views = views.on_device(self.device, *self._normalisation)
             torch.manual_seed(hash((recipe.seed, t.step, part, distributed.rank())))
             last = part == recipe.accumulate - 1
-            no_sync = nullcontext() if last or self.model is self.method else self.model.no_sync()
+            model = self.model
+            no_sync = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
             with no_sync:
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                     out = self.model(views, t)
@@ -159,6 +160,7 @@ class Run:
 
     def _log(self, t: Progress, out: Step, waited: float, seconds: float) -> None:
         """Terms stay on the device; they are read in blocks, so that the loop does not wait for the GPU."""
+        assert isinstance(out.loss, torch.Tensor)  # a plain number only where steps are added up
         names = ["loss", *out.terms]
         values = torch.stack([x.detach().float() for x in (out.loss, *out.terms.values())])
         row = {"step": t.step, "epoch": t.step / t.steps_per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}

@@ -36,14 +36,14 @@ class ViewsConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    global_size: int = Field(224, ge=1)  # pixels
-    local_size: int = Field(96, ge=1)  # pixels
-    local_crops: int = Field(8, ge=0)  # L
+    global_size: int = Field(default=224, ge=1)  # pixels
+    local_size: int = Field(default=96, ge=1)  # pixels
+    local_crops: int = Field(default=8, ge=0)  # L
     global_scale: tuple[float, float] = (0.25, 1.0)  # share of the image's area
     local_scale: tuple[float, float] = (0.05, 0.25)
     overlap: Overlap = "independent"  # or steered towards each other: "fixed", "official" (with its slip)
     local_reference: LocalReference = "union"  # what local crops are steered to; "official": as released
-    flip: float = Field(0.5, ge=0, le=1)  # probability
+    flip: float = Field(default=0.5, ge=0, le=1)  # probability
     colour: str = "dino"  # policy of data/colour.py
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -59,8 +59,8 @@ class ViewsConfig(BaseModel):
 class LoaderConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    workers: int | None = Field(None, ge=0)  # processes that make views; None = the cores of this process, at most 16
-    max_unreadable: float = Field(0.01, ge=0, le=1)  # share of the data set; more of it stops the run
+    workers: int | None = Field(default=None, ge=0)  # processes that make views; None = this process's cores, at most 16
+    max_unreadable: float = Field(default=0.01, ge=0, le=1)  # share of the data set; more of it stops the run
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class ViewDataset(Dataset):
         windows = {"global": self.spec.window_global, "local": self.spec.window_local}
         side = {level: size // self.patch_size for level, size in sizes.items()}
         return {
-            level: torch.from_numpy(stratified_sample((side[level],) * 2, window, rng)) if window else None
+            level: torch.from_numpy(stratified_sample((side[level], side[level]), window, rng)) if window else None
             for level, window in windows.items()
         }
 
@@ -148,7 +148,7 @@ def collate(samples: list[Sample]) -> tuple[Views, list[str]]:
     """-> views (uint8, channels last in memory), reasons of images that could not be read"""
 
     def view(i: int) -> View:
-        patches = [s.samples[i] for s in samples if s.samples[i] is not None]
+        patches = [drawn for s in samples if (drawn := s.samples[i]) is not None]
         return View(
             images=torch.stack([s.pixels[i] for s in samples]).permute(0, 3, 1, 2),
             box=torch.stack([s.boxes[i] for s in samples]),

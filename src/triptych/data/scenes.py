@@ -8,6 +8,7 @@ import colorsys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -114,6 +115,7 @@ def _at_least(**given: tuple[int, int]) -> None:
 
 
 def _save(image_path: Path, image: np.ndarray, mask_path: Path, mask: np.ndarray) -> None:
+    options: dict[str, Any]
     for path, picture, options in ((image_path, image, {"quality": 92}), (mask_path, mask, {})):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(path, **options)

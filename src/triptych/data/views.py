@@ -6,7 +6,7 @@ Image coordinates: y, x in [0, 1] over the source image's height and width, pixe
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class View:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "View":
         """The view with `change` applied to each of its tensors."""
-        return View(**{name: None if x is None else change(x) for name, x in vars(self).items()})
+        changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in vars(self).items()}
+        return View(**changed)
 
 
 @dataclass(frozen=True)

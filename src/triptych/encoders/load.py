@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -103,9 +103,10 @@ def _of_timm(name: str, pretrained: bool) -> Loaded:
         raise UserError(
             f"timm could not provide {name}: {error}\nGive a file of weights where there is no network"
         ) from error
-    cfg = vit.pretrained_cfg
+    cfg: Any = vit.pretrained_cfg
     if not hasattr(vit, "num_reg_tokens"):
         raise UserError(f"{name} is not a plain ViT: use a timm model made of VisionTransformer's Block")
+    vit = cast(VisionTransformer, vit)  # where it is another model, Encoder refuses it
     spec = TokenSpec(cls=int(vit.has_class_token), register=vit.num_reg_tokens)
     if isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.LayerNorm):
         vit.norm, vit.fc_norm = vit.fc_norm, nn.Identity()  # mean-pooling models keep their final norm there
@@ -186,8 +187,11 @@ def encoder_of(state: State, *, arch: str | None = None, heads: int | None = Non
     if registers is not None:
         state = {**state, "reg_token": registers}
     width, patch = kernel.shape[0], kernel.shape[-1]
-    if heads is None:
-        heads = timm.create_model(arch, num_classes=0).blocks[0].attn.num_heads if arch else max(1, width // 64)
+    if heads is None and arch:
+        named: Any = timm.create_model(arch, num_classes=0)
+        heads = int(named.blocks[0].attn.num_heads)
+    elif heads is None:
+        heads = max(1, width // 64)
     vit = VisionTransformer(
         img_size=round(table.shape[1] ** 0.5) * patch,
         patch_size=patch,

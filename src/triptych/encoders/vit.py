@@ -7,7 +7,7 @@ class+ and registers live in timm's `reg_token` (class+ first): `encoder.vit.sta
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import timm
 import torch
@@ -30,12 +30,12 @@ class ViTConfig(BaseModel):
     name: Literal["vit"] = "vit"
     arch: str = "vit_small_patch16_224"  # timm's name
     image_size: int | tuple[int, int] | None = None  # pixels; fixes the native grid of the position table
-    patch_size: int | None = Field(None, ge=1)  # pixels
-    width: int | None = Field(None, ge=1)  # D
-    depth: int | None = Field(None, ge=1)  # blocks
-    heads: int | None = Field(None, ge=1)
-    registers: int = Field(0, ge=0)
-    drop_path: float = Field(0.0, ge=0, lt=1)  # stochastic depth of the last block; linear from 0; student only
+    patch_size: int | None = Field(default=None, ge=1)  # pixels
+    width: int | None = Field(default=None, ge=1)  # D
+    depth: int | None = Field(default=None, ge=1)  # blocks
+    heads: int | None = Field(default=None, ge=1)
+    registers: int = Field(default=0, ge=0)
+    drop_path: float = Field(default=0.0, ge=0, lt=1)  # stochastic depth of the last block; linear from 0; student only
     positions: Literal["timm", "dino"] = "timm"  # how the position table is resampled for other grids
     weights: str | None = None  # file to start from: a timm, DINO or Triptych state dict
 
@@ -62,8 +62,12 @@ class Encoder(nn.Module):
         return len(self.vit.blocks)
 
     @property
+    def blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.vit.blocks))  # `_check_plain` made sure
+
+    @property
     def heads(self) -> int:
-        return self.vit.blocks[0].attn.num_heads
+        return _attn(self.blocks[0]).num_heads
 
     @property
     def patch_size(self) -> int:
@@ -87,7 +91,7 @@ class Encoder(nn.Module):
         wanted = [b % self.depth for b in blocks]
         x, aux, grid = self._embed(images, mask, keep)
         taps = {}
-        for i, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
+        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
             x, aux = _run_block(block, x, aux)
             if i in wanted:
                 taps[i] = self._roles(x, aux, grid)
@@ -96,11 +100,12 @@ class Encoder(nn.Module):
     def last_attention(self, images: Tensor) -> Tensor:
         """(B, heads, T, T): attention of the last block; T = prefix tokens (class, class+, registers), then patches."""
         x, aux, _ = self._embed(images, None, None)
-        for block in self.vit.blocks[:-1]:
+        for block in self.blocks[:-1]:
             x, aux = _run_block(block, x, aux)
-        last = self.vit.blocks[-1]
-        q, k, _ = _heads_of(last.attn, last.norm1(x))
-        return (q @ k.transpose(-2, -1) * last.attn.scale).softmax(-1)
+        last = self.blocks[-1]
+        attn = _attn(last)
+        q, k, _ = _heads_of(attn, last.norm1(x))
+        return (q @ k.transpose(-2, -1) * attn.scale).softmax(-1)
 
     def without(self, role: Literal["aux", "mask"]) -> "Encoder":
         """A copy without a role that no other token attends to: the same class and patch tokens to the last bit."""
@@ -131,7 +136,7 @@ class Encoder(nn.Module):
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Position table of the patches on this grid (1, N, D), prefix tokens with their own slots added (1, p, D)."""
         vit = self.vit
-        tokens = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
+        tokens: list[Tensor] = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
         prefix = torch.cat(tokens, 1) if tokens else vit.patch_embed.proj.weight.new_zeros(1, 0, self.width)
         if vit.pos_embed is None:
             return prefix.new_zeros(1, 1, self.width), prefix
@@ -165,6 +170,11 @@ def _check_plain(vit: nn.Module) -> None:
     plain = type(vit) is VisionTransformer and all(type(b) is Block and type(b.attn) is Attention for b in vit.blocks)
     if not plain:
         raise UserError(f"{type(vit).__name__} is not a plain ViT: use a timm model made of VisionTransformer's Block")
+
+
+def _attn(block: Block) -> Attention:
+    """A block's attention, which timm types as any module; `_check_plain` made sure."""
+    return cast(Attention, block.attn)
 
 
 def _resample_dino(table: Tensor, native: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -203,15 +213,15 @@ def _run_block(block: Block, x: Tensor, aux: Tensor | None) -> tuple[Tensor, Ten
     The two streams never share a tensor on the base side: the base stream runs the very calls that it would run
     without private tokens, and so gives the same bits.
     """
-    y = block.norm1(x)
-    q, k, v = _heads_of(block.attn, y)
+    attn, y = _attn(block), block.norm1(x)
+    q, k, v = _heads_of(attn, y)
     if aux is not None:
         y_a = block.norm1(aux)
-        q_a, k_a, v_a = _heads_of(block.attn, y_a)
-        update = _attend(block.attn, y_a, q_a, torch.cat([k, k_a], 2), torch.cat([v, v_a], 2))
+        q_a, k_a, v_a = _heads_of(attn, y_a)
+        update = _attend(attn, y_a, q_a, torch.cat([k, k_a], 2), torch.cat([v, v_a], 2))
         aux = aux + block.drop_path1(block.ls1(update))
         aux = aux + block.drop_path2(block.ls2(block.mlp(block.norm2(aux))))
-    x = x + block.drop_path1(block.ls1(_attend(block.attn, y, q, k, v)))
+    x = x + block.drop_path1(block.ls1(_attend(attn, y, q, k, v)))
     x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     return x, aux
 

@@ -63,21 +63,20 @@ def _collate(items: list[tuple[int, Tensor | None]]) -> tuple[list[int], Tensor 
 
 
 def select(encoder: Encoder, images: Tensor, token: Token, layers: int = 1) -> Tensor:
-    """(B, 3, H, W) -> (B, features): the token of the last `layers` blocks through the final norm, concatenated.
+    """(B, 3, H, W) -> (B, features): class tokens of the last `layers` blocks, then the last block's mean patch.
 
-    "cls+patch_mean" is the concatenation of both.  Raises UserError for a token that the encoder does not have.
+    Each through the final norm; "cls" and "cls_plus" leave out the mean patch, "patch_mean" the class tokens, as in
+    DINO's and iBOT's scripts.  Raises UserError for a token that the encoder does not have.
     """
     check_token(encoder, token)
     if not 1 <= layers <= encoder.depth:
         raise UserError(f"layers {layers}: this encoder has {encoder.depth} blocks")
+    taps = encoder.layers(images, range(-layers, 0))
     parts = []
-    for tokens in encoder.layers(images, range(-layers, 0)):
-        if token.startswith("cls_plus"):
-            parts.append(tokens.cls_plus)
-        elif token != "patch_mean":
-            parts.append(tokens.global_token)
-        if token.endswith("patch_mean"):
-            parts.append(tokens.patch.mean(1))
+    if token != "patch_mean":
+        parts += [t.cls_plus if token == "cls_plus" else t.global_token for t in taps]
+    if token.endswith("patch_mean"):
+        parts.append(taps[-1].patch.mean(1))
     return torch.cat(parts, -1)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from triptych.data.views import View, Views, ViewSpec
 from triptych.distributed import all_mean
 from triptych.encoders.vit import Encoder
+from triptych.heads import Prototypes
 from triptych.schedules import Progress
 from triptych.tokens import Tokens, TokenSpec
 
@@ -66,6 +67,10 @@ class Method(nn.Module, ABC):
 
 class Tower(nn.Module):
     """One branch: encoder, projector, and whatever else must be averaged with them."""
+
+    encoder: Encoder
+    prototypes: Prototypes  # of methods that have some
+    srs: Any  # UDI's
 
     def __init__(self, encoder: Encoder, projector: nn.Module, **more: nn.Module):
         super().__init__()

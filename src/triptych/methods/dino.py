@@ -27,21 +27,22 @@ class DINOConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["dino"] = "dino"
-    hidden: int = Field(2048, ge=1)  # width of the projector's two hidden layers
-    embedding: int = Field(256, ge=1)  # P, the bottleneck before the prototypes
-    prototypes: int = Field(65536, ge=2)  # K
+    hidden: int = Field(default=2048, ge=1)  # width of the projector's two hidden layers
+    embedding: int = Field(default=256, ge=1)  # P, the bottleneck before the prototypes
+    prototypes: int = Field(default=65536, ge=2)  # K
     norm_last_layer: bool = True  # prototypes keep unit length; false is stabler to train with long ViT-S runs
-    student_temp: float = Field(0.1, gt=0)  # τ_s
-    teacher_temp: float = Field(0.07, gt=0)  # τ_t, reached from ...
-    teacher_temp_start: float = Field(0.04, gt=0)
-    teacher_temp_warmup: int = Field(30, ge=0)  # ... in so many epochs
-    center_momentum: float = Field(0.9, ge=0, le=1)  # m
-    teacher_momentum: float = Field(0.996, ge=0, le=1)  # λ at step 0; cosine to 1
-    freeze_prototypes: float = Field(1, ge=0)  # epochs
+    student_temp: float = Field(default=0.1, gt=0)  # τ_s
+    teacher_temp: float = Field(default=0.07, gt=0)  # τ_t, reached from ...
+    teacher_temp_start: float = Field(default=0.04, gt=0)
+    teacher_temp_warmup: int = Field(default=30, ge=0)  # ... in so many epochs
+    center_momentum: float = Field(default=0.9, ge=0, le=1)  # m
+    teacher_momentum: float = Field(default=0.996, ge=0, le=1)  # λ at step 0; cosine to 1
+    freeze_prototypes: float = Field(default=1, ge=0)  # epochs
 
 
 class DINO(Method):
     tokens = TokenSpec(cls=1)
+    center: Tensor
 
     def __init__(self, encoder: Encoder, config: DINOConfig):
         super().__init__()

@@ -10,7 +10,7 @@ contains; Z' is read there bilinearly.  Local crops take part in the first two t
 (3') and every centre are formed from embeddings: no logits of sampled patches of local crops ever exist.
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,26 +33,26 @@ class UDIConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["udi"] = "udi"
-    hidden: int = Field(2048, ge=1)  # width of the projector's two hidden layers
-    embedding: int = Field(256, ge=1)  # P
-    prototypes: int = Field(65536, ge=2)  # K, one head for class, class+ and patches
+    hidden: int = Field(default=2048, ge=1)  # width of the projector's two hidden layers
+    embedding: int = Field(default=256, ge=1)  # P
+    prototypes: int = Field(default=65536, ge=2)  # K, one head for class, class+ and patches
     norm_last_layer: bool = False  # prototypes keep unit length
     blend: Literal["logits", "probs"] = "logits"  # (3') or (3)
-    alpha: float = Field(0.5, ge=0, le=1)  # α, the patches' share of the multimodal target
+    alpha: float = Field(default=0.5, ge=0, le=1)  # α, the patches' share of the multimodal target
     weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)  # w: class, class+, patch
     local_patch: bool = False  # patch loss on local crops too
-    window_global: int = Field(3, ge=1)  # patches, side of a sampling window
-    window_local: int = Field(2, ge=1)
+    window_global: int = Field(default=3, ge=1)  # patches, side of a sampling window
+    window_local: int = Field(default=2, ge=1)
     token_coords: Literal["centres", "ends"] = "centres"  # "ends": as released
     rank_weighting: Literal["count", "rank_mean"] = "count"  # over processes; "rank_mean": as released
-    srs_heads: int | None = Field(None, ge=1)  # None = the encoder's
-    student_temp: float = Field(0.1, gt=0)  # τ_s
-    teacher_temp: float = Field(0.07, gt=0)  # τ_t, reached from ...
-    teacher_temp_start: float = Field(0.04, gt=0)
-    teacher_temp_warmup: int = Field(30, ge=0)  # ... in so many epochs
-    center_momentum: float = Field(0.9, ge=0, le=1)
-    teacher_momentum: float = Field(0.996, ge=0, le=1)  # at step 0; cosine to 1
-    freeze_prototypes: float = Field(1, ge=0)  # epochs
+    srs_heads: int | None = Field(default=None, ge=1)  # None = the encoder's
+    student_temp: float = Field(default=0.1, gt=0)  # τ_s
+    teacher_temp: float = Field(default=0.07, gt=0)  # τ_t, reached from ...
+    teacher_temp_start: float = Field(default=0.04, gt=0)
+    teacher_temp_warmup: int = Field(default=30, ge=0)  # ... in so many epochs
+    center_momentum: float = Field(default=0.9, ge=0, le=1)
+    teacher_momentum: float = Field(default=0.996, ge=0, le=1)  # at step 0; cosine to 1
+    freeze_prototypes: float = Field(default=1, ge=0)  # epochs
 
 
 class SRS(nn.Module):
@@ -79,6 +79,7 @@ class SRS(nn.Module):
 
 class UDI(Method):
     tokens = TokenSpec(cls=1, cls_plus=1)
+    center: Tensor
 
     @staticmethod
     def view_spec(config: UDIConfig) -> ViewSpec:
@@ -131,7 +132,8 @@ class UDI(Method):
                 _by_teacher([seen[p][i] for p in pairs], students) for i in (0, 1)
             )  # (V', R, M, P), (V', R, M)
             u_v = _by_teacher([u_cls[v] for _, v in pairs], students)  # (V', R, P)
-            u_plus = unit(self.student.projector(torch.cat([S[s].cls_plus for s in students])))  # (R, P)
+            cls_plus = cast(list[Tensor], [S[s].cls_plus for s in students])  # `tokens` asks for them
+            u_plus = unit(self.student.projector(torch.cat(cls_plus)))  # (R, P)
             loss, blend = self.class_plus_loss(u_plus, u_v, u, inside, t)
             plus.append((len(pairs), loss))
             blends += blend
@@ -176,7 +178,7 @@ class UDI(Method):
         for v, tokens in enumerate(T):
             students = [s for s in range(len(S)) if s != v]
             coords = self.config.token_coords
-            maps = [between(views.all[s], S[s].grid, views.global_crops[v], tokens.grid, coords) for s in students]
+            maps = [between(views.all[s], _grid(S[s]), views.global_crops[v], _grid(tokens), coords) for s in students]
             at = torch.cat([weights for weights, _ in maps], 1)  # one attention call for all places in this view
             u = unit(self.teacher.projector(self.teacher.srs(tokens.patch_raw, at)))
             for s, part, (_, inside) in zip(students, u.split([w.shape[1] for w, _ in maps], 1), maps, strict=True):
@@ -212,13 +214,14 @@ class UDI(Method):
 
     def _sampled(self, tokens: Tokens, view: View) -> Tensor:
         """(B, M, D): the view's own sampled patches through the student's SRS."""
+        assert view.samples is not None, "the loader draws samples where `view_spec` asks for them"
         at = F.one_hot(view.samples, tokens.patch_raw.shape[1])
         return self.student.srs(tokens.patch_raw, at)
 
     def _patch_statistics(self, places: list[tuple[Tensor, Tensor]]) -> Carry:
         """Sum and number of valid teacher patches, of local crops too: what the patch centre is made of."""
-        total = sum((inside[..., None] * u).sum((0, 1, 2)) for u, inside in places)
-        count = sum(inside.sum() for _, inside in places).to(total.dtype)
+        total = cast(Tensor, sum((inside[..., None] * u).sum((0, 1, 2)) for u, inside in places))
+        count = cast(Tensor, sum(inside.sum() for _, inside in places)).to(total.dtype)
         if self.config.rank_weighting == "rank_mean":
             total, count = total / count.clamp(min=1), (count > 0).to(total.dtype)
         return {"patch_sum": total, "patch_count": count}
@@ -235,6 +238,11 @@ class UDI(Method):
             teacher_temp=self.teacher_temp(t),
             weight=weight,
         )
+
+
+def _grid(tokens: Tokens) -> tuple[int, int]:
+    assert tokens.grid is not None, "UDI reads patches at places of the view: none may be dropped"
+    return tokens.grid
 
 
 def _by_teacher(pairs: list[Tensor], students: range) -> Tensor:

@@ -1,0 +1,106 @@
+"""Recipes and settings: every recipe builds and trains a step; overrides are checked and remembered."""
+
+import pytest
+import torch
+
+from triptych.data.loader import Batches, ViewDataset, collate
+from triptych.data.sources import open_source
+from triptych.errors import UserError
+from triptych.methods import METHODS
+from triptych.recipe import Recipe, build_method
+from triptych.recipes import RECIPES
+from triptych.schedules import Progress
+from triptych.settings import flat, nested, parse_overrides, resolve
+
+TOY = "--encoder.width 24 --encoder.depth 2 --encoder.heads 3 --method.prototypes 32 --method.hidden 16"
+TOY += " --method.embedding 8 --batch 2 --encoder.arch vit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_takes_a_step_at_toy_size(name):
+    recipe, _ = resolve(name, None, parse_overrides(TOY.split()))
+    method = build_method(recipe)
+    spec = METHODS[type(recipe.method)].view_spec(recipe.method)
+    data = ViewDataset(open_source("scenes:4"), recipe.views, spec, method.encoder.patch_size, recipe.seed)
+    keys = next(iter(Batches(4, recipe.batch, 1, 0)))
+    views, _ = collate([data[key] for key in keys])
+    v = recipe.views
+    views = views.on_device(torch.device("cpu"), torch.tensor(v.mean), torch.tensor(v.std))
+    out = method(views, Progress(0, 10, 2))
+    out.loss.backward()
+    method.update([out.carry], Progress(0, 10, 2))
+    assert out.loss.isfinite()
+    assert len(views.local_crops) == recipe.views.local_crops
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_states_its_command_and_status(name):
+    text = RECIPES[name].__doc__
+    assert f"--recipe {name}" in text
+    assert "Status:" in text
+
+
+def test_the_papers_recipes_say_what_the_papers_say():
+    udi, dino = RECIPES["udi_vits16_in1k_300ep"](), RECIPES["dino_vits16_in1k_100ep"]()
+    assert (udi.epochs, udi.batch, udi.views.local_crops, udi.optim.lr, udi.optim.min_lr) == (300, 1024, 10, 5e-4, 1e-5)
+    assert (udi.optim.weight_decay, udi.optim.weight_decay_end, udi.optim.clip) == (0.04, 0.1, 3.0)
+    assert (udi.views.overlap, udi.views.local_reference, udi.method.token_coords) == ("official", "official", "ends")
+    assert (udi.method.prototypes, udi.method.window_global, udi.method.window_local, udi.method.alpha) == (65536, 3, 2, 0.5)
+    assert (dino.epochs, dino.batch, dino.views.local_crops, dino.method.teacher_temp) == (100, 512, 8, 0.04)
+    assert dino.method.norm_last_layer
+    assert not udi.method.norm_last_layer
+
+
+def test_overrides_win_over_the_file_which_wins_over_the_recipe(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("method:\n  alpha: 0.2\n  student_temp: 0.2\nepochs: 7\n")
+    recipe, origin = resolve("udi_small", file, {"method.alpha": 0.9})
+    assert (recipe.method.alpha, recipe.method.student_temp, recipe.epochs) == (0.9, 0.2, 7)
+    assert origin["method.alpha"] == "command line"
+    assert origin["method.student_temp"] == str(file)
+    assert origin["batch"] == "recipe udi_small"
+    assert origin["method.blend"] == "default"
+
+
+def test_another_method_keeps_what_both_have():
+    recipe, _ = resolve("udi_small", None, {"method.name": "dino"})
+    assert type(recipe.method).__name__ == "DINOConfig"
+    assert recipe.method.prototypes == RECIPES["udi_small"]().method.prototypes
+    with pytest.raises(UserError, match="no setting 'method.alpha'"):
+        resolve("udi_small", None, {"method.name": "dino", "method.alpha": 0.3})
+
+
+def test_words_become_values():
+    words = "--epochs 50 --method.alpha=0.3 --optim.lr 1e-3 --views.global-scale 0.2 1 --optim.clip null".split()
+    values = parse_overrides(words)
+    assert values["views.global_scale"] == [0.2, 1]
+    recipe, _ = resolve("udi_small", None, values)
+    assert (recipe.epochs, recipe.method.alpha, recipe.optim.lr) == (50, 0.3, 1e-3)
+    assert recipe.views.global_scale == (0.2, 1.0)
+    assert recipe.optim.clip is None
+    for wrong in (["stray"], ["--epochs"]):
+        with pytest.raises(UserError):
+            parse_overrides(wrong)
+
+
+def test_a_recipe_survives_yaml(tmp_path):
+    import yaml
+
+    for name, make in RECIPES.items():
+        text = yaml.safe_dump(make().model_dump(mode="json"))
+        assert Recipe.model_validate(yaml.safe_load(text)) == make(), name
+    assert nested(flat({"a": {"b": 1}, "c": 2})) == {"a": {"b": 1}, "c": 2}
+
+
+def test_the_dotted_names_are_frozen():
+    """A new or renamed setting is a change that users see: it belongs in the changelog, and here."""
+    names = set(flat(RECIPES["udi_small"]().model_dump()))
+    groups = {n.split(".")[0] for n in names}
+    assert groups == {
+        *("name", "method", "encoder", "views", "optim", "batch", "accumulate", "epochs", "seed", "precision"),
+        *("loader", "health", "checkpoint"),
+    }
+    assert {n for n in names if n.startswith("views.")} == {
+        f"views.{n}"
+        for n in "global_size local_size local_crops global_scale local_scale overlap local_reference flip colour mean std".split()
+    }
