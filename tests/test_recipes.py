@@ -45,7 +45,12 @@ def test_the_papers_recipes_say_what_the_papers_say():
     assert (udi.epochs, udi.batch, udi.views.local_crops, udi.optim.lr, udi.optim.min_lr) == (300, 1024, 10, 5e-4, 1e-5)
     assert (udi.optim.weight_decay, udi.optim.weight_decay_end, udi.optim.clip) == (0.04, 0.1, 3.0)
     assert (udi.views.overlap, udi.views.local_reference, udi.method.token_coords) == ("official", "official", "ends")
-    assert (udi.method.prototypes, udi.method.window_global, udi.method.window_local, udi.method.alpha) == (65536, 3, 2, 0.5)
+    assert (udi.method.prototypes, udi.method.window_global, udi.method.window_local, udi.method.alpha) == (
+        65536,
+        3,
+        2,
+        0.5,
+    )
     assert (dino.epochs, dino.batch, dino.views.local_crops, dino.method.teacher_temp) == (100, 512, 8, 0.04)
     assert dino.method.norm_last_layer
     assert not udi.method.norm_last_layer
@@ -66,7 +71,7 @@ def test_another_method_keeps_what_both_have():
     recipe, _ = resolve("udi_small", None, {"method.name": "dino"})
     assert type(recipe.method).__name__ == "DINOConfig"
     assert recipe.method.prototypes == RECIPES["udi_small"]().method.prototypes
-    with pytest.raises(UserError, match="no setting 'method.alpha'"):
+    with pytest.raises(UserError, match=r"no setting 'method\.alpha'"):
         resolve("udi_small", None, {"method.name": "dino", "method.alpha": 0.3})
 
 
@@ -102,5 +107,5 @@ def test_the_dotted_names_are_frozen():
     }
     assert {n for n in names if n.startswith("views.")} == {
         f"views.{n}"
-        for n in "global_size local_size local_crops global_scale local_scale overlap local_reference flip colour mean std".split()
+        for n in "global_size local_size local_crops global_scale local_scale overlap local_reference flip colour blur_scale mean std".split()
     }

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_encoder
 from PIL import Image
 
+from conftest import tiny_encoder
 from triptych.data.sources import open_source
 from triptych.errors import UserError
 from triptych.evals.features import EvalTransform, cached, extract, labels_of, select

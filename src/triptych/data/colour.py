@@ -7,7 +7,7 @@ images are (H, W, 3) uint8 RGB arrays.  No function modifies its input.
 OpenCV keeps a thread pool of its own: a DataLoader worker should call ``cv2.setNumThreads(0)`` once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import cv2
@@ -171,8 +171,15 @@ def _draw(mixture: Mixture, rng: np.random.Generator) -> Colour:
     return mixture[-1][1]  # weights that sum to 1 - epsilon
 
 
-def augment(image: np.ndarray, rng: np.random.Generator, *, policy: str, role: Role) -> np.ndarray:
-    """(H, W, 3) uint8 RGB -> the same shape, under the recipe that ``COLOURS[policy]`` has (or draws) for ``role``."""
+def augment(
+    image: np.ndarray, rng: np.random.Generator, *, policy: str, role: Role, blur_scale: float = 1.0
+) -> np.ndarray:
+    """(H, W, 3) uint8 RGB -> the same shape, under the recipe that ``COLOURS[policy]`` has (or draws) for ``role``.
+
+    blur_scale multiplies the recipe's blur radii, which are meant for crops of 96 to 224 pixels.
+    """
     if policy not in COLOURS:
         raise UserError(f"no colour policy {policy!r}{nearest(policy, COLOURS)}; choose one of {', '.join(COLOURS)}")
-    return _draw(COLOURS[policy][role], rng)(image, rng)
+    recipe = _draw(COLOURS[policy][role], rng)
+    low, high = recipe.blur_radius
+    return replace(recipe, blur_radius=(blur_scale * low, blur_scale * high))(image, rng)

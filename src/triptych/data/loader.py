@@ -45,6 +45,7 @@ class ViewsConfig(BaseModel):
     local_reference: LocalReference = "union"  # what local crops are steered to; "official": as released
     flip: float = Field(default=0.5, ge=0, le=1)  # probability
     colour: str = "dino"  # policy of data/colour.py
+    blur_scale: float = Field(default=1.0, ge=0)  # on the policy's blur radii, which are for crops of 96-224 px
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -59,7 +60,7 @@ class ViewsConfig(BaseModel):
 class LoaderConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    workers: int | None = Field(default=None, ge=0)  # processes that make views; None = this process's cores, at most 16
+    workers: int | None = Field(default=None, ge=0)  # processes that make views; None: this process's cores, at most 16
     max_unreadable: float = Field(default=0.01, ge=0, le=1)  # share of the data set; more of it stops the run
 
 
@@ -92,7 +93,13 @@ class ViewDataset(Dataset):
             size = self.config.local_size if role == "local" else self.config.global_size
             view = F.resized_crop(pixels, *crop, [size, size], InterpolationMode.BICUBIC, antialias=True)
             view = np.ascontiguousarray(view.permute(1, 2, 0).numpy())
-            view = augment(view[:, ::-1] if flipped else view, rng, policy=self.config.colour, role=role)
+            view = augment(
+                view[:, ::-1] if flipped else view,
+                rng,
+                policy=self.config.colour,
+                role=role,
+                blur_scale=self.config.blur_scale,
+            )
             sample.pixels.append(torch.from_numpy(view))
             sample.boxes.append(_edges(crop, flipped, height, width))
             sample.samples.append(windows["local" if role == "local" else "global"])
