@@ -83,7 +83,8 @@ class Run:
         self.optimizer = adamw(self.method, recipe.optim)
         self.steps_per_epoch = len(source) // recipe.batch
         self.total = recipe.epochs * self.steps_per_epoch
-        self.unreadable: dict[str, None] = {}
+        self.mean, self.std = (torch.tensor(x, device=device) for x in (recipe.views.mean, recipe.views.std))
+        self.unreadable: dict[str, None] = {}  # in the order in which they were met
         self.start = self._resume()
         self.model = self._distributed(self.method)
         self.main = distributed.is_main()
@@ -114,13 +115,13 @@ class Run:
                     set_rates(self.optimizer, lr(t), weight_decay(t))
                     self._step(t, batches)
                     done = step + 1
-                    if self._stopped(stop):
-                        self._save(done)
-                        raise Interrupted(stop[0] if stop else signal.SIGTERM, done)
                     if done % self.steps_per_epoch == 0:
                         self._epoch_end(done, t)
-                    if done == self.total or done % self._save_every == 0:
+                    stopped = self._stopped(stop)
+                    if stopped or done == self.total or done % self._save_every == 0:
                         self._save(done)
+                    if stopped and done < self.total:
+                        raise Interrupted(stop[0] if stop else signal.SIGTERM, done)
         finally:
             self.progress.close()
             if self.metrics:
@@ -132,13 +133,13 @@ class Run:
 
     def _step(self, t: Progress, batches: Iterator) -> None:
         """One optimiser step."""
-        recipe, waited, began, carries, out = self.recipe, 0.0, time.monotonic(), [], None
+        recipe, waited, began, outs = self.recipe, 0.0, time.monotonic(), []
         for part in range(recipe.accumulate):
             asked = time.monotonic()
             views, unreadable = next(batches)
             waited += time.monotonic() - asked
             self._note_unreadable(unreadable)
-            views = views.on_device(self.device, *self._normalisation)
+            views = views.on_device(self.device, self.mean, self.std)
             torch.manual_seed(hash((recipe.seed, t.step, part, distributed.rank())))
             last = part == recipe.accumulate - 1
             model = self.model
@@ -147,22 +148,21 @@ class Run:
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                     out = self.model(views, t)
                 (out.loss / recipe.accumulate).backward()
-            carries.append(out.carry)
-        assert out is not None
+            outs.append(Step(out.loss.detach(), {name: x.detach() for name, x in out.terms.items()}, out.carry))
         self.method.after_backward(t)
         if recipe.optim.clip is not None:
             clip_gradients(self.method.parameters(), recipe.optim.clip, recipe.optim.clipping)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.update(carries, t)
+        self.method.update([out.carry for out in outs], t)
         self.last_views = views
-        self._log(t, out, waited, time.monotonic() - began)
+        self._log(t, outs, waited, time.monotonic() - began)
 
-    def _log(self, t: Progress, out: Step, waited: float, seconds: float) -> None:
-        """Terms stay on the device; they are read in blocks, so that the loop does not wait for the GPU."""
-        assert isinstance(out.loss, torch.Tensor)  # a plain number only where steps are added up
-        names = ["loss", *out.terms]
-        values = torch.stack([x.detach().float() for x in (out.loss, *out.terms.values())])
+    def _log(self, t: Progress, outs: list[Step], waited: float, seconds: float) -> None:
+        """Means over the accumulated parts.  They stay on the device and are read in blocks: no wait for the GPU."""
+        names = ["loss", *outs[0].terms]
+        parts = [torch.stack([torch.as_tensor(x).float() for x in (out.loss, *out.terms.values())]) for out in outs]
+        values = torch.stack(parts).mean(0)
         row = {"step": t.step, "epoch": t.step / t.steps_per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
         row |= {"weight_decay": self.optimizer.param_groups[0]["weight_decay"]}
         row |= {"images_per_second": self.recipe.batch / seconds, "data_wait": waited / seconds}
@@ -216,6 +216,7 @@ class Run:
 
     def _save(self, step: int) -> None:
         self._flush()
+        self._share_unreadable()
         if self.main:
             if self.metrics:
                 self.metrics.flush()
@@ -257,11 +258,6 @@ class Run:
         )
         return iter(make_loader(dataset, batches, r.loader, pin=self.device.type == "cuda"))
 
-    @property
-    def _normalisation(self) -> tuple[torch.Tensor, torch.Tensor]:
-        v = self.recipe.views
-        return torch.tensor(v.mean, device=self.device), torch.tensor(v.std, device=self.device)
-
     def _stopped(self, stop: list[int]) -> bool:
         """Has any process been asked to stop?  All must agree, or one would wait for the others for ever."""
         if distributed.world_size() == 1:
@@ -279,6 +275,13 @@ class Run:
                 f"{self.recipe.loader.max_unreadable:.1%} that --loader.max_unreadable allows:\n  {some}\n"
                 "Remove or mend them, or allow more"
             )
+
+    def _share_unreadable(self) -> None:
+        """Every process meets its own share of the images."""
+        if distributed.world_size() > 1:
+            lists: list[Any] = [None] * distributed.world_size()
+            dist.all_gather_object(lists, list(self.unreadable))
+            self.unreadable = {reason: None for one in lists for reason in one}
 
     def _report_unreadable(self) -> None:
         if self.unreadable:

@@ -36,6 +36,7 @@ class ViTConfig(BaseModel):
     heads: int | None = Field(default=None, ge=1)
     registers: int = Field(default=0, ge=0)
     drop_path: float = Field(default=0.0, ge=0, lt=1)  # stochastic depth of the last block; linear from 0; student only
+    init: Literal["dino", "xavier"] = "dino"  # linear weights: σ 0.02, which suits widths from 384; or Xavier-uniform
     positions: Literal["timm", "dino"] = "timm"  # how the position table is resampled for other grids
     weights: str | None = None  # file to start from: a timm, DINO or Triptych state dict
 
@@ -226,13 +227,17 @@ def _run_block(block: Block, x: Tensor, aux: Tensor | None) -> tuple[Tensor, Ten
     return x, aux
 
 
-def init_encoder(encoder: Encoder) -> None:
+def init_encoder(encoder: Encoder, init: Literal["dino", "xavier"] = "dino") -> None:
     """DINO's start: class tokens, positions and linear weights truncated-normal σ 0.02, biases 0, norms 1 and 0.
 
-    The patch projection keeps PyTorch's default.
+    The patch projection keeps PyTorch's default.  "xavier": the blocks' linear weights Xavier-uniform instead.
     """
     vit = encoder.vit
     init_linear(vit.blocks)
+    if init == "xavier":
+        for module in vit.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
     for token in (vit.cls_token, vit.reg_token, vit.pos_embed):
         if token is not None:
             nn.init.trunc_normal_(token, std=0.02)
@@ -270,5 +275,5 @@ def build(config: ViTConfig, spec: TokenSpec, image_size: int | None = None) -> 
     except (TypeError, AssertionError) as error:
         raise UserError(f"timm cannot build {config.arch} with {options}: {error}") from error
     encoder = Encoder(vit, spec, config.positions)  # type: ignore[arg-type]
-    init_encoder(encoder)
+    init_encoder(encoder, config.init)
     return encoder
