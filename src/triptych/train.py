@@ -18,7 +18,7 @@ from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
 from triptych import checkpoint, distributed
-from triptych.data.loader import Batches, ViewDataset, check_batch, make_loader
+from triptych.data.loader import Batches, ViewDataset, check_batch, close, make_loader
 from triptych.data.sources import Source
 from triptych.data.views import Views
 from triptych.errors import UserError
@@ -123,6 +123,7 @@ class Run:
                     if stopped and done < self.total:
                         raise Interrupted(stop[0] if stop else signal.SIGTERM, done)
         finally:
+            close(batches)
             self.progress.close()
             if self.metrics:
                 self.metrics.close()

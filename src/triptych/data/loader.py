@@ -227,6 +227,15 @@ def default_workers() -> int:
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+def close(batches: Iterator) -> None:
+    """Ends the workers of an iterator over `make_loader`, also where an exception's traceback keeps it alive.
+
+    They ignore SIGTERM, so Python's own clean-up at exit would wait for them for ever.
+    """
+    if hasattr(batches, "_shutdown_workers"):
+        batches._shutdown_workers()  # type: ignore[attr-defined]
+
+
 def make_loader(dataset: ViewDataset, batches: Batches, config: LoaderConfig, *, pin: bool) -> DataLoader:
     """Yields (Views, reasons of unreadable images) for every entry of `batches`."""
     workers = default_workers() if config.workers is None else config.workers

@@ -51,18 +51,24 @@ def dino_small() -> Recipe:
         method=DINOConfig(
             hidden=512,
             embedding=128,
-            prototypes=2048,
+            prototypes=1024,
             norm_last_layer=False,
-            teacher_temp=0.04,
+            teacher_temp=0.03,
+            teacher_temp_start=0.03,
             teacher_temp_warmup=0,
             teacher_momentum=0.99,
             freeze_prototypes=0.2,
         ),
-        encoder=ViTConfig(arch="vit_tiny_patch16_224", image_size=64, patch_size=8, width=192, depth=6, heads=3),
+        encoder=ViTConfig(arch="vit_tiny_patch16_224", patch_size=8, width=192, depth=6, heads=3, init="xavier"),
         views=ViewsConfig(
-            global_size=64, local_size=32, local_crops=6, global_scale=(0.3, 1.0), local_scale=(0.05, 0.3)
+            global_size=64,
+            local_size=32,
+            local_crops=6,
+            global_scale=(0.5, 1.0),  # small images have less to cut away than ImageNet's
+            local_scale=(0.2, 0.5),
+            blur_scale=0.25,
         ),
-        optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup=1, weight_decay=0.04, weight_decay_end=0.2, clip=3.0),
-        batch=64,
+        optim=OptimConfig(lr=4e-3, min_lr=1e-5, warmup=0.5, weight_decay=0.04, weight_decay_end=0.2, clip=3.0),
+        batch=32,
         epochs=30,
     )
