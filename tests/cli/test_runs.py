@@ -114,6 +114,27 @@ def test_a_signal_saves_and_the_same_command_goes_on(place, number):
     assert equal(last(place / "straight"), last(place / out))
 
 
+def test_an_interrupted_run_ends_even_where_nobody_catches_its_exception(place):
+    """Workers ignore SIGTERM; the run must end them itself (Python's clean-up would wait for ever)."""
+    script = """
+import sys
+from pathlib import Path
+from triptych.data.sources import open_source
+from triptych.settings import parse_overrides, resolve
+from triptych.train import train
+recipe, _ = resolve("udi_quickstart", None, parse_overrides(sys.argv[1:]))
+train(recipe, open_source("data/train"), Path("uncaught"))
+"""
+    command = [sys.executable, "-c", script, *SMALL[2:], "--epochs", "500"]
+    run = subprocess.Popen(command, cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not list((place / "uncaught" / "checkpoints").glob("step_*[1-9].pt")):
+        time.sleep(0.05)
+    run.terminate()
+    text = run.communicate(timeout=60)[0].decode()
+    assert "Interrupted: stopped by SIGTERM" in text
+
+
 def test_a_finished_run_leaves_metrics_recipe_and_checkpoints(place):
     run = place / "straight"
     metrics = rows(run)
