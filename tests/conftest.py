@@ -1,5 +1,6 @@
 """Small encoders and batches that the tests share."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ from timm.models.vision_transformer import VisionTransformer
 from triptych.data.views import View, Views
 from triptych.encoders.vit import Encoder, init_encoder
 from triptych.tokens import TokenSpec
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # as many processes as cores: threads of several would wait for each other
 
 GOLDEN = Path(__file__).parent / "golden"
 
