@@ -111,9 +111,7 @@ def main() -> None:
     command = (
         f"python benchmarks/step.py --arch {options.arch} --batch {options.batch} --prototypes {options.prototypes}"
     )
-    report(
-        "step", f"Training step, {options.arch}, 2 x 224 + 8 x 96, K = {options.prototypes}", f"python {command}", table
-    )
+    report("step", f"Training step, {options.arch}, 2 x 224 + 8 x 96, K = {options.prototypes}", command, table)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from triptych import __version__
-from triptych.errors import UserError
+from triptych.errors import Interrupted, NonFinite, UserError
 
 app = App(
     name="triptych",
@@ -199,8 +199,14 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
     except CycloptsError:
         sys.exit(2)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a path that cannot be read or written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stopped:
+        print(f"{stopped}; the same command goes on from here")
+        sys.exit(stopped.exit_code)
+    except NonFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -54,6 +54,7 @@ def list_all() -> None:
 def train(
     data: str | None, recipe: str, config: Path | None, out: Path | None, show: bool, overrides: list[str]
 ) -> None:
+    from triptych import distributed
     from triptych import train as loop
 
     resolved, origin = resolve(recipe, config, parse_overrides(overrides))
@@ -63,20 +64,13 @@ def train(
         return
     if data is None:
         raise UserError("--data is required: a folder of images, a .zip, a .tar, a list of paths or a data set's name")
-    source = open_source(data)
-    out = out or Path("runs") / f"{resolved.name}-{_slug(data)}"
+    distributed.start()
     try:
+        source = distributed.first_process_first(lambda: open_source(data))  # it may download
+        out = out or Path("runs") / f"{resolved.name}-{_slug(data)}"
         result = loop.train(resolved, source, out, console)
-    except loop.Interrupted as stopped:
-        print(f"{stopped}; the same command goes on from here")
-        raise SystemExit(stopped.exit_code) from None
-    except loop.NonFinite as error:
-        console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise SystemExit(1) from None
-    finally:
-        from triptych import distributed
-
         main = distributed.is_main()
+    finally:
         distributed.stop()
     if main:
         rate = f", {result.images_per_second:.1f} images/s" if result.images_per_second else ""
@@ -139,6 +133,7 @@ def _features(model: str, data: str, test: str | None, *, weights, arch, size, t
     about = {
         "model": loaded.name,
         "encoder": weights_hash(loaded.encoder),
+        "heads": loaded.encoder.heads,
         "train": {"name": pair[0].name, "fingerprint": pair[0].fingerprint()},
         "test": {"name": pair[1].name, "fingerprint": pair[1].fingerprint()},
         "token": token,
@@ -150,6 +145,7 @@ def _features(model: str, data: str, test: str | None, *, weights, arch, size, t
 
 
 def eval_knn(model: str, data: str, test: str | None, out: Path, *, k, temperature: float, **options) -> dict:
+    _writable(out)
     _, ((train, y), (held, z)), about = _features(model, data, test, **options)
     result = knn(train, y, held, z, k=k, temperature=temperature)
     table = Table("k", "top-1 %", "top-5 %", title=f"k-NN, {about['model']}, {about['token']}")
@@ -159,6 +155,7 @@ def eval_knn(model: str, data: str, test: str | None, out: Path, *, k, temperatu
 
 
 def eval_linear(model: str, data: str, test: str | None, out: Path, probe: dict[str, Any], **options) -> dict:
+    _writable(out)
     _, ((train, y), (held, z)), about = _features(model, data, test, **options)
     result = linear(train, y, held, z, **probe)
     table = Table("", "", title=f"linear probe, {about['model']}, {about['token']}")
@@ -169,13 +166,18 @@ def eval_linear(model: str, data: str, test: str | None, out: Path, probe: dict[
     return report("linear", asdict(result), about | probe, table, out)
 
 
+def _writable(out: Path) -> None:
+    """A results file that cannot be written is an error now, not after the work."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.open("a").close()
+
+
 def report(protocol: str, result: dict, about: dict, table: Table, out: Path) -> dict:
     """Print the table and append one JSON line that identifies the result."""
     from triptych.run_folder import provenance
 
     row = {"protocol": protocol, **about, **result, **provenance()}
     console.print(table)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a") as file:
         file.write(json.dumps(row) + "\n")
     console.print(f"appended to {out}", highlight=False)

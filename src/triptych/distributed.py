@@ -1,10 +1,14 @@
 """What the rest needs of torch.distributed: the identity on one process."""
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -37,6 +41,17 @@ def start() -> torch.device:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def first_process_first(work: Callable[[], T]) -> T:
+    """work() on every process, on each machine's first one before the others: what it downloads is there for them."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first and world_size() > 1:
+        dist.barrier()
+    done = work()
+    if first and world_size() > 1:
+        dist.barrier()
+    return done
 
 
 def stop() -> None:

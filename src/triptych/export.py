@@ -35,16 +35,21 @@ def export(loaded: Loaded, out: Path, *, size: int | None = None) -> float:
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: give a new folder")
+    pixels = size or loaded.size
+    loaded.encoder.grid(pixels, pixels)
     out.mkdir(parents=True, exist_ok=True)
     encoder = loaded.encoder.without("aux").without("mask").cpu().float().eval()
     save_file({k: v.contiguous() for k, v in encoder.vit.state_dict().items()}, out / "model.safetensors")
-    (out / "config.json").write_text(json.dumps(timm_config(encoder, loaded, size), indent=2) + "\n")
-    difference = compare_with_timm(encoder, out, loaded.size)
-    (out / "README.md").write_text(card(encoder, loaded, difference))
+    (out / "config.json").write_text(json.dumps(timm_config(encoder, loaded, pixels), indent=2) + "\n")
+    native = encoder.vit.patch_embed.img_size[0]
+    difference = compare_with_timm(encoder, out, native)
+    if not difference <= 1e-3:
+        raise RuntimeError(f"timm reads {out} as another model: its tokens differ by {difference:.3g}; do not use it")
+    (out / "README.md").write_text(card(encoder, loaded, pixels, native, difference))
     return difference
 
 
-def timm_config(encoder: Encoder, loaded: Loaded, size: int | None) -> dict:
+def timm_config(encoder: Encoder, loaded: Loaded, pixels: int) -> dict:
     """What `timm.create_model("local-dir:...")` needs, and under "triptych" what our roles need."""
     vit = encoder.vit
     block, native = encoder.blocks[0], vit.patch_embed.img_size
@@ -64,7 +69,6 @@ def timm_config(encoder: Encoder, loaded: Loaded, size: int | None) -> dict:
         "global_pool": "token" if vit.has_class_token else "",
         "dynamic_img_size": True,
     }
-    pixels = size or loaded.size
     preprocessing = {
         "input_size": [3, pixels, pixels],
         "fixed_input_size": False,
@@ -108,7 +112,7 @@ def all_tokens(encoder: Encoder, images: Tensor) -> Tensor:
     return torch.cat([*single, *([x.register] if x.register is not None else []), x.patch], 1)
 
 
-def card(encoder: Encoder, loaded: Loaded, difference: float) -> str:
+def card(encoder: Encoder, loaded: Loaded, pixels: int, native: int, difference: float) -> str:
     """The model card."""
     from triptych.run_folder import provenance
 
@@ -132,10 +136,10 @@ tokens = model.forward_features(images)  # (B, tokens, {encoder.width})
 ```
 Tokens, in order: {", ".join([*order, "patches row by row"])}.
 {plus}
-- Images: {loaded.size} px, mean {loaded.mean}, std {loaded.std}.
+- Images: {pixels} px, mean {loaded.mean}, std {loaded.std}.
 - Weights: sha256 prefix {weights_hash(encoder)}.
 - Checked when written: timm {__import__("timm").__version__} in a fresh process gives the same tokens on four random \
-images of {loaded.size} px, largest difference {difference:.3g}.
+images of {native} px, largest difference {difference:.3g}.
 - Positions on other grids: trained with the "{encoder.positions}" resampling; timm resamples its own way.
 - The weights are yours: Triptych claims no rights in what it trains.
 """

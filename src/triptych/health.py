@@ -60,11 +60,12 @@ def measure(
         predictions = method.predictions(views, t)
     if predictions is not None:
         row |= prediction_health(*predictions)
-    if source.classes:
-        labels, held = labels_of(sample, indices), len(features) // 4
-        k = min(recipe.health.k, len(features) - held)
-        bank, queries = slice(held, None), slice(0, held)
-        row["knn"] = knn(features[bank], labels[bank], features[queries], labels[queries], k=[k]).top1[k]
+    labelled = torch.tensor([sample.label(i) is not None for i in indices.tolist()])
+    held = int(labelled.sum()) // 4
+    if held:  # a list of paths may label some of its images only
+        x, y = features[labelled], labels_of(sample, indices[labelled])
+        k = min(recipe.health.k, len(x) - held)
+        row["knn"] = knn(x[held:], y[held:], x[:held], y[:held], k=[k]).top1[k]
     return row
 
 

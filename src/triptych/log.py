@@ -47,7 +47,7 @@ class Metrics:
 def _tensorboard(folder: Path, start: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # an extra: pip install "triptych[log]"
+    except ImportError:  # an extra: pip install -e ".[log]"
         return None
     return SummaryWriter(str(folder), purge_step=start or None)
 

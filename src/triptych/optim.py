@@ -1,7 +1,7 @@
 """Optimiser, parameter groups and gradient clipping."""
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from triptych.schedules import cosine, warmup_cosine
 
+Share = Annotated[float, Field(ge=0, lt=1)]
 Clipping = Literal["per_parameter", "global"]
 
 
@@ -20,7 +21,7 @@ class OptimConfig(BaseModel):
     warmup: float = Field(default=10, ge=0)  # epochs
     weight_decay: float = Field(default=0.04, ge=0)  # start ...
     weight_decay_end: float = Field(default=0.4, ge=0)  # ... cosine to
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     clip: float | None = Field(default=3.0, gt=0)  # norm that a gradient may have; None = no clipping
     clipping: Clipping = "per_parameter"  # of each parameter tensor (DINO) or of all together

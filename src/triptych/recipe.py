@@ -7,9 +7,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from triptych import methods
 from triptych.data.loader import LoaderConfig, ViewsConfig
-from triptych.encoders import ViTConfig
+from triptych.encoders import Encoder, ViTConfig
 from triptych.encoders import build as build_encoder
 from triptych.encoders.load import load_weights
+from triptych.errors import UserError
 from triptych.methods import METHODS, Method, MethodConfig
 from triptych.optim import OptimConfig
 
@@ -54,8 +55,24 @@ def build_method(recipe: Recipe) -> Method:
     torch.manual_seed(recipe.seed)
     kind = METHODS[type(recipe.method)]
     encoder = build_encoder(recipe.encoder, kind.tokens, recipe.views.global_size)
-    for size in (recipe.views.global_size, recipe.views.local_size)[: 2 if recipe.views.local_crops else 1]:
-        encoder.grid(size, size)  # a crop that does not divide into patches is an error now, not in a worker
+    _check_fit(recipe, encoder)
     if recipe.encoder.weights:
         load_weights(encoder, recipe.encoder.weights)
     return methods.build(encoder, recipe.method)
+
+
+def _check_fit(recipe: Recipe, encoder: Encoder) -> None:
+    """What only encoder, views and method together tell: an error now, not in a worker at step 0."""
+    spec = METHODS[type(recipe.method)].view_spec(recipe.method)
+    views = {"global": (recipe.views.global_size, spec.window_global)}
+    if recipe.views.local_crops:
+        views["local"] = recipe.views.local_size, spec.window_local
+    for name, (size, window) in views.items():
+        side = encoder.grid(size, size)[0]
+        if window > side:
+            raise UserError(
+                f"--method.window_{name} {window} is larger than the {side}x{side} patches of a {name} crop"
+            )
+    heads = getattr(recipe.method, "srs_heads", None)
+    if heads and encoder.width % heads:
+        raise UserError(f"--method.srs_heads {heads} does not divide the encoder's width of {encoder.width}")

@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,10 @@ def claim_folder(recipe: Recipe, source: Source, out: Path) -> None:
     data |= {"images": len(source), "fingerprint": source.fingerprint()}
     file, about = out / "recipe.yaml", out / "run.json"
     if file.exists() and about.exists():
-        theirs = yaml.safe_load(file.read_text())
-        changed = [
-            f"{k}: {v!r} there, {flat(mine).get(k)!r} now" for k, v in flat(theirs).items() if flat(mine).get(k) != v
-        ]
+        theirs, now = flat(_read(file, yaml.safe_load)), flat(mine)
+        changed = [f"{k}: {v!r} there, {now.get(k)!r} now" for k, v in theirs.items() if now.get(k) != v]
         changed = [line for line in changed if not line.startswith(RESUMABLE)]
-        there = json.loads(about.read_text())["data"]
+        there = _read(about, json.loads)["data"]
         if there["fingerprint"] != data["fingerprint"]:
             changed.append(
                 f"data: {there['name']} ({there['images']} images) there, {data['name']} ({len(source)}) now"
@@ -68,8 +67,24 @@ def claim_folder(recipe: Recipe, source: Source, out: Path) -> None:
             lines = "\n  ".join(changed)
             raise UserError(f"{out} holds another run:\n  {lines}\nGive another --out, or remove the folder")
         return
-    if out.exists() and any(out.iterdir()):
+    ours = {about, about.with_suffix(".part"), file.with_suffix(".part")}  # of a run that was killed right here
+    if out.exists() and set(out.iterdir()) - ours:
         raise UserError(f"{out} is not empty and holds no run: give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    about.write_text(json.dumps({"data": data, **provenance()}, indent=2) + "\n")
-    file.write_text(yaml.safe_dump(mine, sort_keys=False))
+    for path, text in (
+        (about, json.dumps({"data": data, **provenance()}, indent=2) + "\n"),
+        (file, yaml.safe_dump(mine, sort_keys=False)),
+    ):
+        part = path.with_suffix(".part")
+        part.write_text(text)
+        part.replace(path)
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        content = parse(path.read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged ({error}): restore it, or give another --out") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: restore it, or give another --out")
+    return content

@@ -1,4 +1,4 @@
-"""Schedules: functions of Progress, the only clock.  Tables follow DINO's (specs: bases.md section 0)."""
+"""Schedules: functions of Progress, the only clock.  Tables follow DINO's."""
 
 import math
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """The loop.  It knows Method, Views, Progress and nothing about any paper.
 
 A step's randomness is a function of (seed, step, process), the data order one of (seed, step): a run that is killed
-and started again with the same command ends with the same bits as one that never stopped.
+and started again with the same command ends with the same bits as one that never stopped.  (Tested on the CPU; CUDA has
+kernels of its own that add in no fixed order.)
 """
 
 import signal
@@ -21,7 +22,7 @@ from triptych import checkpoint, distributed
 from triptych.data.loader import Batches, ViewDataset, check_batch, close, make_loader
 from triptych.data.sources import Source
 from triptych.data.views import Views
-from triptych.errors import UserError
+from triptych.errors import Interrupted, NonFinite, UserError
 from triptych.health import measure
 from triptych.log import Metrics, ProgressLine, duration
 from triptych.methods import METHODS, Method
@@ -30,18 +31,6 @@ from triptych.optim import adamw, clip_gradients, set_rates
 from triptych.recipe import Recipe, build_method
 from triptych.run_folder import claim_folder
 from triptych.schedules import Progress
-
-
-class NonFinite(RuntimeError):
-    """A loss term is NaN or infinite.  The last checkpoint is from before it."""
-
-
-class Interrupted(RuntimeError):
-    """SIGTERM or Ctrl-C; the run was saved."""
-
-    def __init__(self, signal_number: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}; saved")
-        self.exit_code = 128 + signal_number
 
 
 @dataclass
@@ -56,7 +45,11 @@ class TrainResult:
 def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     """bf16 where the hardware multiplies it fast, unless the recipe says otherwise."""
     if recipe.precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else torch.cpu._is_amx_tile_supported()
+        )
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
 
@@ -79,8 +72,8 @@ class Run:
         self.recipe, self.source, self.out, self.device = recipe, source, out, device
         self.dtype = autocast_dtype(recipe, device)
         self.method = build_method(recipe).to(device)
-        claim_folder(recipe, source, out)  # after what may refuse the recipe: a mistake leaves no folder behind
         self.optimizer = adamw(self.method, recipe.optim)
+        claim_folder(recipe, source, out)  # after what may refuse the recipe: a mistake leaves no folder behind
         self.steps_per_epoch = len(source) // recipe.batch
         self.total = recipe.epochs * self.steps_per_epoch
         self.mean, self.std = (torch.tensor(x, device=device) for x in (recipe.views.mean, recipe.views.std))
@@ -137,7 +130,7 @@ class Run:
         recipe, waited, began, outs = self.recipe, 0.0, time.monotonic(), []
         for part in range(recipe.accumulate):
             asked = time.monotonic()
-            views, unreadable = next(batches)
+            views, unreadable = self._next(batches)
             waited += time.monotonic() - asked
             self._note_unreadable(unreadable)
             views = views.on_device(self.device, self.mean, self.std)
@@ -159,6 +152,12 @@ class Run:
         self.last_views = views
         self._log(t, outs, waited, time.monotonic() - began)
 
+    def _next(self, batches: Iterator) -> tuple[Views, list[str]]:
+        try:
+            return next(batches)
+        except UserError as error:  # from a worker it comes with that process's traceback around it
+            raise UserError(str(error).strip().split("UserError: ")[-1]) from None
+
     def _log(self, t: Progress, outs: list[Step], waited: float, seconds: float) -> None:
         """Means over the accumulated parts.  They stay on the device and are read in blocks: no wait for the GPU."""
         names = ["loss", *outs[0].terms]
@@ -179,11 +178,7 @@ class Run:
             bad = [name for name, value in terms.items() if value != value or abs(value) == float("inf")]
             if bad:
                 term = next((name for name in bad if name != "loss"), "loss")
-                saved = checkpoint.steps(self.checkpoints)[-1]
-                raise NonFinite(
-                    f"the loss term {term!r} is {terms[term]} at step {row['step']}; the checkpoint of step {saved} is "
-                    f"kept\nTry a lower --optim.lr, a longer --optim.warmup, or --precision fp32"
-                )
+                raise NonFinite(f"the loss term {term!r} is {terms[term]} at step {row['step']}; {self._kept()}")
             if self.metrics:
                 self.metrics.write(row | terms)
         if rows and self.main:
@@ -202,6 +197,7 @@ class Run:
         health = self.recipe.health
         epoch = done // self.steps_per_epoch
         self._flush()
+        self._check_weights(done)
         if not health.every or epoch % health.every or not self.main:
             return
         row = measure(self.method, self.source, self.recipe, self.last_views, t, self.device, self.dtype)
@@ -217,7 +213,9 @@ class Run:
 
     def _save(self, step: int) -> None:
         self._flush()
+        self._check_weights(step)
         self._share_unreadable()
+        self._note_unreadable([])
         if self.main:
             if self.metrics:
                 self.metrics.flush()
@@ -226,6 +224,17 @@ class Run:
             checkpoint.save(self.checkpoints, step, state, self.recipe.checkpoint.keep)
         if distributed.world_size() > 1:
             dist.barrier()
+
+    def _check_weights(self, step: int) -> None:
+        """A finite loss can have a gradient that is not: such weights are never saved.  Raises NonFinite."""
+        norms = torch.stack(torch._foreach_norm(list(self.method.parameters())))
+        if not norms.isfinite().all():
+            raise NonFinite(f"the weights are not finite after step {step}; {self._kept()}")
+
+    def _kept(self) -> str:
+        saved = checkpoint.steps(self.checkpoints)
+        which = f"the checkpoint of step {saved[-1]} is kept" if saved else "nothing was saved"
+        return f"{which}\nTry a lower --optim.lr, a longer --optim.warmup, or --precision fp32"
 
     def _resume(self) -> int:
         found = checkpoint.steps(self.checkpoints)

@@ -208,7 +208,62 @@ def test_unreadable_files_are_skipped_counted_and_named_up_to_the_limit(place):
     assert victim.name in done.stdout
 
 
+def test_a_list_that_labels_some_images_trains_and_probes_on_those(place):
+    images = sorted((place / "data" / "train").rglob("*.jpg"))
+    lines = [f"{p}\t{p.parent.name}" if i % 2 else str(p) for i, p in enumerate(images)]
+    (place / "some.txt").write_text("\n".join(lines))
+    triptych("train", "--data", "some.txt", *SMALL, "--epochs", "1", "--out", "some", cwd=place)
+    assert "health/knn" in rows(place / "some")[-1]
+
+
+def test_a_broken_link_is_one_more_unreadable_image(place):
+    folder = place / "linked"
+    write(folder, train=32, test=0, size=48)
+    (folder / "train" / "disc" / "gone.jpg").symlink_to("nowhere.jpg")
+    words = ["--epochs", "4", "--loader.max_unreadable", "0.05", "--health.every", "0", "--out", "linked_run"]
+    done = triptych("train", "--data", "linked/train", *SMALL, *words, cwd=place)
+    assert "gone.jpg" in done.stdout
+
+
+def test_a_run_killed_while_its_folder_was_made_starts_again(place):
+    (place / "torn").mkdir()
+    (place / "torn" / "run.json").write_text("{}")
+    (place / "torn" / "recipe.part").write_text("name: ud")
+    triptych("train", "--data", "data/train", *SMALL, "--epochs", "1", "--out", "torn", cwd=place)
+    (place / "torn" / "recipe.yaml").write_text("")
+    damaged = triptych("train", "--data", "data/train", *SMALL, "--epochs", "1", "--out", "torn", cwd=place, check=2)
+    assert "recipe.yaml is damaged" in damaged.stderr
+
+
+def test_weights_that_are_not_finite_are_never_saved(place, monkeypatch):
+    from triptych import train as module
+    from triptych.data.sources import open_source
+    from triptych.settings import parse_overrides, resolve
+
+    def poison(parameters, limit, how):
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.fill_(float("inf"))
+
+    recipe, _ = resolve("udi_quickstart", None, parse_overrides(SMALL[2:]))
+    monkeypatch.setattr(module, "clip_gradients", poison)
+    with pytest.raises(module.NonFinite, match="checkpoint of step 0 is kept"):
+        module.train(recipe, open_source(place / "data" / "train"), place / "infinite")
+
+
 MISTAKES = {
+    "out is a file": (["train", "--data", "data/train", "--batch", "8", "--out", "data/train/disc/00000.jpg"], "data"),
+    "results is a folder": (["eval", "knn", "straight", "--data", "data", "--out", "data"], "data"),
+    "config is binary": (["train", "--data", "data", "--config", "data/train/disc/00000.jpg"], "is not YAML"),
+    "betas": (["train", "--data", "data/train", "--optim.betas", "2", "3"], "less than 1"),
+    "scale": (["train", "--data", "data/train", "--views.global_scale", "2", "3"], "smallest <= largest"),
+    "srs heads": (["train", "--data", "data/train", "--batch", "8", "--method.srs_heads", "5"], "does not divide"),
+    "window": (["train", "--data", "data/train", "--batch", "8", "--method.window_global", "9"], "larger than"),
+    "untrained file": (
+        ["eval", "knn", "data/train/disc/00000.jpg", "--weights", "untrained", "--data", "data"],
+        "trained",
+    ),
+    "arch": (["eval", "knn", "straight", "--arch", "resnet50", "--data", "data"], "--arch"),
     "no such folder": (["train", "--data", "nothing"], "neither an existing path"),
     "no data": (["train"], "--data is required"),
     "unknown field": (["train", "--data", "data/train", "--method.alpa", "1"], "did you mean method.alpha"),

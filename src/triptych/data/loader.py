@@ -49,6 +49,20 @@ class ViewsConfig(BaseModel):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
+    @field_validator("global_scale", "local_scale")
+    @classmethod
+    def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError("a share of the image's area is two numbers, 0 < smallest <= largest <= 1")
+        return scale
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, std: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(std) <= 0:
+            raise ValueError("standard deviations must be above 0")
+        return std
+
     @field_validator("colour")
     @classmethod
     def _known(cls, name: str) -> str:

@@ -69,7 +69,10 @@ class Files:
         return _decode(Path(self._folder, self.keys[position]).read_bytes())
 
     def size(self, position: int) -> int:
-        return Path(self._folder, self.keys[position]).stat().st_size
+        try:
+            return Path(self._folder, self.keys[position]).stat().st_size
+        except OSError:  # a broken link: reported when it is read
+            return -1
 
 
 def _walk(folder: str, inner: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:

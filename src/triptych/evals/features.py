@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 
+from triptych import __version__
 from triptych.data.images import UnreadableImage
 from triptych.data.loader import default_workers, in_worker
 from triptych.data.sources import Source, load_rgb
@@ -151,9 +152,11 @@ def cache_folder() -> Path:
 def cached(encoder: Encoder, source: Source, transform: EvalTransform, *, folder: Path | None = None, **options):
     """`extract`, read from the cache where the same encoder, images and options were extracted before.
 
-    The key holds a hash of the weights and the fingerprint of the images, so a stale entry is never read.
+    The key holds a hash of the weights and the fingerprint of the images (paths, labels, sizes): an image replaced by
+    another of the same size is not noticed.
     """
-    about = [weights_hash(encoder), vars(encoder.spec), encoder.positions, source.fingerprint(), vars(transform)]
+    about = [__version__, weights_hash(encoder), encoder.heads, vars(encoder.spec), encoder.positions]
+    about += [source.fingerprint(), vars(transform)]
     about += [options.get("token", "cls"), options.get("layers", 1), str(options.get("precision", torch.float32))]
     path = (folder or cache_folder()) / f"{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.safetensors"
     if path.exists():
