@@ -96,20 +96,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--prototypes", type=int, default=65536)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     options = parser.parse_args()
     contenders = {}
     for name, kind in (("DINO", DINOConfig), ("UDI", UDIConfig)):
-        for dtype in (torch.float32, torch.bfloat16):
-            step = stepper(kind(prototypes=options.prototypes), options, dtype)
-            contenders[f"{name}, {str(dtype).removeprefix('torch.')}"] = step
+        for dtype in options.dtypes:
+            step = stepper(kind(prototypes=options.prototypes), options, getattr(torch, dtype))
+            contenders[f"{name}, {dtype}"] = step
     steps = interleaved(contenders, options.rounds)
     alone = interleaved(losses(options), options.rounds)
-    table = ["| step | images/s | time over DINO, float32 |", "|---|---|---|"]
-    table += [f"| {n} | {options.batch / s:.2f} | {s / steps['DINO, float32']:.2f} |" for n, s in steps.items()]
+    table = ["| step | images/s | time over the first |", "|---|---|---|"]
+    table += [f"| {n} | {options.batch / s:.2f} | {s / next(iter(steps.values())):.2f} |" for n, s in steps.items()]
     table += ["", "| loss, forward and backward, 2 + 8 crops | ms | ratio |", "|---|---|---|"]
     table += [f"| {n} | {1000 * s:.1f} | {alone['loss, textbook'] / s:.2f} |" for n, s in alone.items()]
     command = (
         f"python benchmarks/step.py --arch {options.arch} --batch {options.batch} --prototypes {options.prototypes}"
+        f" --rounds {options.rounds} --dtypes {' '.join(options.dtypes)}"
     )
     report("step", f"Training step, {options.arch}, 2 x 224 + 8 x 96, K = {options.prototypes}", command, table)
 

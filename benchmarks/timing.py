@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,7 +30,8 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> 
 def report(theme: str, title: str, command: str, table: list[str]) -> None:
     """Print the table and write it to results/THEME_HARDWARE_DATE.md with what identifies it."""
     about, day = provenance(), datetime.date.today().isoformat()
-    hardware = about["hardware"].split(",")[0].replace(" ", "-").lower()
+    words = re.findall(r"[a-z0-9.]+", about["hardware"].split(",")[0].lower())
+    hardware = "-".join(w for w in words if w not in ("r", "tm", "processor"))
     lines = [f"# {title}, {day}", "", f"Command: `{command}`", "", f"Provenance: `{json.dumps(about)}`.", "", *table]
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{theme}_{hardware}_{day}.md"

@@ -21,14 +21,22 @@ RESUMABLE = ("loader", "checkpoint")  # parts of a recipe that may differ when a
 
 def provenance() -> dict[str, Any]:
     """Versions, commit and hardware: what a number must be printed with."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     return {
         "triptych": __version__,
         "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "hardware": device,
+        "hardware": f"{device}, {torch.get_num_threads()} threads",
     }
+
+
+def cpu_name() -> str:
+    """The processor's model, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU {models[0] if models else platform.processor() or platform.machine()}"
 
 
 def commit() -> str | None:
