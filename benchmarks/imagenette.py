@@ -102,6 +102,9 @@ def report(rows: list[dict], options, words: list[str]) -> None:
             f"| {r['run']} | {r['weights']} | {r['token']} | {r['knn10']:.1f} | {r['knn20']:.1f} | "
             f"{r['linear']:.1f} ({r['lr']:g}) | {cost} |"
         )
+    names = sorted({r["run"] for r in rows})
+    commits = {name: json.loads((options.out / name / "run.json").read_text())["commit"] for name in names}
+    table.insert(1, f"Commits on which training began: `{json.dumps(commits)}`.")
     command = f"python benchmarks/imagenette.py --data {options.data} --out {options.out} --epochs {options.epochs}"
     write_report("imagenette", "DINO and UDI on imagenette128", command, table)
 
