@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from triptych.data.views import View, Views
-from triptych.encoders.vit import Encoder, init_encoder
+from triptych.encoders.vit import ViT, init_encoder
 from triptych.tokens import TokenSpec
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -42,9 +42,14 @@ def tiny_encoder(spec: TokenSpec, *, image=16, patch=4, width=12, depth=2, heads
         reg_tokens=spec.cls_plus + spec.register,
         drop_path_rate=drop_path,
     )
-    encoder = Encoder(vit, spec, **options)
+    encoder = ViT(vit, spec, **options)
     init_encoder(encoder)
     return encoder
+
+
+def timm_tokens(encoder, images):
+    """All tokens as the encoder's timm model itself would give them."""
+    return encoder.as_timm(encoder(images))
 
 
 GOLDEN_BLOCK = {

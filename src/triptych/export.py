@@ -39,9 +39,9 @@ def export(loaded: Loaded, out: Path, *, size: int | None = None) -> float:
     loaded.encoder.grid(pixels, pixels)
     out.mkdir(parents=True, exist_ok=True)
     encoder = loaded.encoder.without("aux").without("mask").cpu().float().eval()
-    save_file({k: v.contiguous() for k, v in encoder.vit.state_dict().items()}, out / "model.safetensors")
+    save_file({k: v.contiguous() for k, v in encoder.trunk.state_dict().items()}, out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(timm_config(encoder, loaded, pixels), indent=2) + "\n")
-    native = encoder.vit.patch_embed.img_size[0]
+    native = encoder.native_size[0]
     difference = compare_with_timm(encoder, out, native)
     if not difference <= 1e-3:
         raise RuntimeError(f"timm reads {out} as another model: its tokens differ by {difference:.3g}; do not use it")
@@ -51,24 +51,7 @@ def export(loaded: Loaded, out: Path, *, size: int | None = None) -> float:
 
 def timm_config(encoder: Encoder, loaded: Loaded, pixels: int) -> dict:
     """What `timm.create_model("local-dir:...")` needs, and under "triptych" what our roles need."""
-    vit = encoder.vit
-    block, native = encoder.blocks[0], vit.patch_embed.img_size
-    arguments = {
-        "img_size": list(native),
-        "patch_size": encoder.patch_size,
-        "embed_dim": encoder.width,
-        "depth": encoder.depth,
-        "num_heads": encoder.heads,
-        "mlp_ratio": cast(nn.Linear, block.mlp.fc1).out_features / encoder.width,
-        "qkv_bias": cast(nn.Linear, block.attn.qkv).bias is not None,
-        "init_values": 1.0 if hasattr(block.ls1, "gamma") else None,
-        "class_token": vit.has_class_token,
-        "no_embed_class": vit.no_embed_class,
-        "reg_tokens": vit.num_reg_tokens,
-        "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
-        "global_pool": "token" if vit.has_class_token else "",
-        "dynamic_img_size": True,
-    }
+    architecture, arguments = encoder.timm_arguments()
     preprocessing = {
         "input_size": [3, pixels, pixels],
         "fixed_input_size": False,
@@ -81,10 +64,10 @@ def timm_config(encoder: Encoder, loaded: Loaded, pixels: int) -> dict:
         "classifier": "head",
     }
     return {
-        "architecture": "vit_tiny_patch16_224",  # any plain ViT's name: model_args says all that differs
+        "architecture": architecture,
         "num_classes": 0,
         "num_features": encoder.width,
-        "model_args": {k: v for k, v in arguments.items() if v is not None},
+        "model_args": arguments,
         "pretrained_cfg": preprocessing,
         "triptych": {"tokens": vars(encoder.spec), "positions": encoder.positions},
     }
@@ -94,7 +77,7 @@ def timm_config(encoder: Encoder, loaded: Loaded, pixels: int) -> dict:
 def compare_with_timm(encoder: Encoder, folder: Path, size: int) -> float:
     """Largest absolute difference of all final tokens on four random images."""
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
-    ours = all_tokens(encoder, images)
+    ours = encoder.as_timm(encoder(images))
     with tempfile.TemporaryDirectory() as scratch:
         save_file({"images": images}, Path(scratch) / "images")
         files = [str(folder.resolve()), str(Path(scratch) / "images"), str(Path(scratch) / "tokens")]
@@ -105,19 +88,12 @@ def compare_with_timm(encoder: Encoder, folder: Path, size: int) -> float:
     return (ours - theirs).abs().max().item()
 
 
-def all_tokens(encoder: Encoder, images: Tensor) -> Tensor:
-    """(B, T, D) in timm's order: class, class+, registers, patches."""
-    x = encoder(images)
-    single = [t[:, None] for t in (x.cls, x.cls_plus) if t is not None]
-    return torch.cat([*single, *([x.register] if x.register is not None else []), x.patch], 1)
-
-
 def card(encoder: Encoder, loaded: Loaded, pixels: int, native: int, difference: float) -> str:
     """The model card."""
     from triptych.run_folder import provenance
 
     about, spec = provenance(), encoder.spec
-    parameters = sum(p.numel() for p in encoder.vit.parameters()) / 1e6
+    parameters = sum(p.numel() for p in encoder.trunk.parameters()) / 1e6
     order = ["class"] * spec.cls + ["class+"] * spec.cls_plus + [f"{spec.register} registers"] * bool(spec.register)
     plus = "\nClass+ is UDI's second class token: token 1 of `forward_features`.\n" if spec.cls_plus else ""
     return f"""---

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from conftest import tiny_encoder
+from conftest import timm_tokens, tiny_encoder
 from triptych.encoders.load import Loaded, load_encoder, load_weights
 from triptych.errors import UserError
-from triptych.export import all_tokens, export
+from triptych.export import export
 from triptych.tokens import TokenSpec
 
 
@@ -37,7 +37,7 @@ def test_a_timm_state_dict_loads_and_gives_timms_tokens(tmp_path, options):
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     loaded = load_encoder(str(tmp_path / "weights.safetensors"))
     with torch.no_grad():
-        assert torch.equal(all_tokens(loaded.encoder, IMAGES), model.forward_features(IMAGES))
+        assert torch.equal(timm_tokens(loaded.encoder, IMAGES), model.forward_features(IMAGES))
 
 
 def test_heads_come_from_the_named_architecture(tmp_path):
@@ -47,9 +47,9 @@ def test_heads_come_from_the_named_architecture(tmp_path):
     torch.save(other.state_dict(), tmp_path / "o.pth")
     with torch.no_grad():
         by_rule = load_encoder(str(tmp_path / "w.pth")).encoder
-        assert torch.equal(all_tokens(by_rule, IMAGES), model.forward_features(IMAGES))
+        assert torch.equal(timm_tokens(by_rule, IMAGES), model.forward_features(IMAGES))
         by_name = load_encoder(str(tmp_path / "o.pth"), heads=12).encoder
-        assert torch.equal(all_tokens(by_name, IMAGES), other.forward_features(IMAGES))
+        assert torch.equal(timm_tokens(by_name, IMAGES), other.forward_features(IMAGES))
         named = load_encoder(str(tmp_path / "w.pth"), arch="vit_tiny_patch16_224").encoder
         assert named.heads == 3
 
@@ -135,9 +135,9 @@ def test_an_export_gives_timm_the_same_tokens_in_a_fresh_process(tmp_path, spec)
     again = load_encoder(str(out))
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        assert torch.equal(all_tokens(again.encoder, images), all_tokens(encoder, images))
+        assert torch.equal(timm_tokens(again.encoder, images), timm_tokens(encoder, images))
         model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()  # strict: every key must match
-        assert torch.allclose(model.forward_features(images), all_tokens(encoder, images), atol=1e-6)
+        assert torch.allclose(model.forward_features(images), timm_tokens(encoder, images), atol=1e-6)
     assert again.encoder.spec == TokenSpec(cls=1, cls_plus=spec.cls_plus, register=spec.register)
     assert json.loads((out / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 16, 16]
     assert "largest difference" in (out / "README.md").read_text()

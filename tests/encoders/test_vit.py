@@ -5,10 +5,9 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from conftest import timm_name, tiny_encoder
-from triptych.encoders.vit import Encoder, ViTConfig, build
+from conftest import timm_name, timm_tokens, tiny_encoder
+from triptych.encoders.vit import ViT, ViTConfig, build
 from triptych.errors import UserError
-from triptych.export import all_tokens
 from triptych.tokens import TokenSpec
 
 
@@ -34,7 +33,7 @@ def test_any_plain_timm_vit_gives_timms_tokens(arch):
     spec = TokenSpec(cls=int(vit.has_class_token), register=vit.num_reg_tokens)
     images = torch.randn(2, 3, *vit.patch_embed.img_size)
     with torch.no_grad():
-        assert torch.equal(all_tokens(Encoder(vit, spec), images), vit.forward_features(images))
+        assert torch.equal(timm_tokens(ViT(vit, spec), images), vit.forward_features(images))
 
 
 def test_other_grids_resample_positions_as_timm_does():
@@ -45,14 +44,14 @@ def test_other_grids_resample_positions_as_timm_does():
     for size in ((48, 48), (24, 24), (40, 72)):
         images = torch.randn(2, 3, *size)
         with torch.no_grad():
-            assert torch.equal(all_tokens(Encoder(fixed, TokenSpec()), images), vit.forward_features(images))
+            assert torch.equal(timm_tokens(ViT(fixed, TokenSpec()), images), vit.forward_features(images))
 
 
 def test_models_that_are_not_plain_vits_are_refused():
     vit = VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=3)
     vit.blocks[0] = torch.nn.Identity()
     with pytest.raises(UserError, match="not a plain ViT"):
-        Encoder(vit, TokenSpec())
+        ViT(vit, TokenSpec())
 
 
 @pytest.mark.parametrize("case", ["native", "small", "rect", "big"])

@@ -13,7 +13,8 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from triptych.encoders.vit import Encoder
+from triptych.encoders.base import Encoder
+from triptych.encoders.vit import ViT
 from triptych.errors import UserError, nearest
 from triptych.tokens import TokenSpec
 
@@ -59,7 +60,7 @@ def load_encoder(
         return _of_export(path)
     if path.is_file():
         encoder = encoder_of(read_state(path), arch=arch, heads=heads)
-        return Loaded(encoder, model, encoder.vit.patch_embed.img_size[0])
+        return Loaded(encoder, model, encoder.native_size[0])
     name = model.removeprefix("timm:")
     if not timm.is_model(name.split(".")[0]):
         known = timm.list_models("vit*")
@@ -99,7 +100,7 @@ def _of_export(folder: Path) -> Loaded:
         raise UserError(f"{folder}/config.json was not written by `triptych export`; give its weights file instead")
     vit = timm.create_model(about["architecture"], pretrained=False, num_classes=0, **about["model_args"])
     vit.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-    encoder = Encoder(vit, TokenSpec(**ours["tokens"]), ours["positions"])  # type: ignore[arg-type]
+    encoder = ViT(vit, TokenSpec(**ours["tokens"]), ours["positions"])  # type: ignore[arg-type]
     cfg = about["pretrained_cfg"]
     return Loaded(encoder.eval(), str(folder), cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
 
@@ -119,7 +120,7 @@ def _of_timm(name: str, pretrained: bool) -> Loaded:
     spec = TokenSpec(cls=int(vit.has_class_token), register=vit.num_reg_tokens)
     if isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.LayerNorm):
         vit.norm, vit.fc_norm = vit.fc_norm, nn.Identity()  # mean-pooling models keep their final norm there
-    encoder = Encoder(vit, spec)
+    encoder = ViT(vit, spec)
     shown = name if pretrained else f"{name} (untrained)"
     return Loaded(encoder.eval(), shown, vit.patch_embed.img_size[0], tuple(cfg["mean"]), tuple(cfg["std"]))
 
@@ -185,7 +186,7 @@ def _registers(state: State) -> Tensor | None:
     return torch.cat(found, 1) if found else None
 
 
-def encoder_of(state: State, *, arch: str | None = None, heads: int | None = None) -> Encoder:
+def encoder_of(state: State, *, arch: str | None = None, heads: int | None = None) -> ViT:
     """An encoder whose sizes are read off a timm-named state dict.  Heads cannot be: width/64 unless given."""
     plus = int("cls_plus_token" in state)
     registers = _registers(state)
@@ -222,10 +223,10 @@ def encoder_of(state: State, *, arch: str | None = None, heads: int | None = Non
         vit.load_state_dict({**state, "pos_embed": torch.cat([slots, table], 1)}, strict=True)
     except RuntimeError as error:
         raise UserError(f"not the state dict of a plain ViT: {error}") from error
-    return Encoder(vit, TokenSpec(cls=cls, cls_plus=plus, register=extra - plus)).eval()
+    return ViT(vit, TokenSpec(cls=cls, cls_plus=plus, register=extra - plus)).eval()
 
 
-def load_weights(encoder: Encoder, file: str) -> None:
+def load_weights(encoder: ViT, file: str) -> None:
     """Start an encoder from a file of weights: positions are resampled to its grid, tokens it adds stay fresh.
 
     Raises UserError where anything else does not fit.

@@ -5,7 +5,6 @@ of any size, hides patches, gives the tokens of any layer, and carries private t
 class+ and registers live in timm's `reg_token` (class+ first): `encoder.vit.state_dict()` loads in timm as it is.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Literal, cast
 
@@ -17,6 +16,7 @@ from timm.layers import Attention, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from triptych.encoders.base import Encoder
 from triptych.errors import UserError, nearest
 from triptych.heads import init_linear
 from triptych.tokens import Tokens, TokenSpec
@@ -41,7 +41,7 @@ class ViTConfig(BaseModel):
     weights: str | None = None  # file to start from: a timm, DINO or Triptych state dict
 
 
-class Encoder(nn.Module):
+class ViT(Encoder):
     """images (B, 3, H, W) -> Tokens.  H and W are any multiples of the patch size."""
 
     def __init__(self, vit: VisionTransformer, spec: TokenSpec, positions: Literal["timm", "dino"] = "timm"):
@@ -53,6 +53,10 @@ class Encoder(nn.Module):
         self.aux_tokens = nn.Parameter(torch.empty(1, spec.aux, width)) if spec.aux else None
         if self.aux_tokens is not None:
             nn.init.trunc_normal_(self.aux_tokens, std=0.02)
+
+    @property
+    def trunk(self) -> VisionTransformer:
+        return self.vit
 
     @property
     def width(self) -> int:
@@ -74,16 +78,9 @@ class Encoder(nn.Module):
     def patch_size(self) -> int:
         return self.vit.patch_embed.patch_size[0]
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of an image of this size (pixels)."""
-        p = self.patch_size
-        if height % p or width % p:
-            raise UserError(f"an image of {height}x{width} px does not divide into patches of {p} px: use multiples")
-        return height // p, width // p
-
-    def forward(self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tokens:
-        """mask (B, N) bool, True = replaced by the mask token; keep (B, n) int64 = patches that enter the encoder."""
-        return self.layers(images, [self.depth - 1], mask, keep)[0]
+    @property
+    def native_size(self) -> tuple[int, int]:
+        return self.vit.patch_embed.img_size
 
     def layers(
         self, images: Tensor, blocks: Sequence[int], mask: Tensor | None = None, keep: Tensor | None = None
@@ -108,15 +105,31 @@ class Encoder(nn.Module):
         q, k, _ = _heads_of(attn, last.norm1(x))
         return (q @ k.transpose(-2, -1) * attn.scale).softmax(-1)
 
-    def without(self, role: Literal["aux", "mask"]) -> "Encoder":
-        """A copy without a role that no other token attends to: the same class and patch tokens to the last bit."""
-        kept = copy.deepcopy(self)
-        if role == "aux":
-            kept.aux_tokens = None
-        else:
-            kept.mask_token = None
-        kept.spec = TokenSpec(**{**vars(self.spec), role: type(getattr(self.spec, role))(0)})
-        return kept
+    def timm_arguments(self) -> tuple[str, dict]:
+        vit, block = self.vit, self.blocks[0]
+        arguments = {
+            "img_size": list(vit.patch_embed.img_size),
+            "patch_size": self.patch_size,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.heads,
+            "mlp_ratio": cast(nn.Linear, block.mlp.fc1).out_features / self.width,
+            "qkv_bias": cast(nn.Linear, block.attn.qkv).bias is not None,
+            "init_values": 1.0 if hasattr(block.ls1, "gamma") else None,
+            "class_token": vit.has_class_token,
+            "no_embed_class": vit.no_embed_class,
+            "reg_tokens": vit.num_reg_tokens,
+            "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
+            "global_pool": "token" if vit.has_class_token else "",
+            "dynamic_img_size": True,
+        }
+        # Any plain ViT's name will do: the arguments say all that differs.
+        return "vit_tiny_patch16_224", {k: v for k, v in arguments.items() if v is not None}
+
+    def as_timm(self, tokens: Tokens) -> Tensor:
+        """(B, T, D): class, class+, registers, patches."""
+        single = [t[:, None] for t in (tokens.cls, tokens.cls_plus) if t is not None]
+        return torch.cat([*single, *([tokens.register] if tokens.register is not None else []), tokens.patch], 1)
 
     def _embed(self, images: Tensor, mask: Tensor | None, keep: Tensor | None):
         """-> base tokens (B, T, D) = prefix then patches, private tokens (B, A, D) or None, grid or None"""
@@ -227,7 +240,7 @@ def _run_block(block: Block, x: Tensor, aux: Tensor | None) -> tuple[Tensor, Ten
     return x, aux
 
 
-def init_encoder(encoder: Encoder, init: Literal["dino", "xavier"] = "dino") -> None:
+def init_encoder(encoder: ViT, init: Literal["dino", "xavier"] = "dino") -> None:
     """DINO's start: class tokens, positions and linear weights truncated-normal σ 0.02, biases 0, norms 1 and 0.
 
     The patch projection keeps PyTorch's default.  "xavier": the blocks' linear weights Xavier-uniform instead.
@@ -244,7 +257,7 @@ def init_encoder(encoder: Encoder, init: Literal["dino", "xavier"] = "dino") -> 
     vit.patch_embed.proj.reset_parameters()
 
 
-def build(config: ViTConfig, spec: TokenSpec, image_size: int | None = None) -> Encoder:
+def build(config: ViTConfig, spec: TokenSpec, image_size: int | None = None) -> ViT:
     """A freshly initialised encoder (config.weights is loaded by `encoders.load`).
 
     image_size (pixels) sets the native grid where the config leaves it open: the size of the global crops.
@@ -274,6 +287,6 @@ def build(config: ViTConfig, spec: TokenSpec, image_size: int | None = None) -> 
         )
     except (TypeError, AssertionError) as error:
         raise UserError(f"timm cannot build {config.arch} with {options}: {error}") from error
-    encoder = Encoder(vit, spec, config.positions)  # type: ignore[arg-type]
+    encoder = ViT(vit, spec, config.positions)  # type: ignore[arg-type]
     init_encoder(encoder, config.init)
     return encoder

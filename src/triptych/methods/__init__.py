@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from triptych.encoders.vit import Encoder
+from triptych.encoders.base import Encoder
 from triptych.methods.base import Method
 from triptych.methods.dino import DINO, DINOConfig
 from triptych.methods.udi import UDI, UDIConfig

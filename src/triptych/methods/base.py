@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from triptych.data.views import View, Views, ViewSpec
 from triptych.distributed import all_mean
-from triptych.encoders.vit import Encoder
+from triptych.encoders.base import Encoder
 from triptych.heads import Prototypes
 from triptych.schedules import Progress
 from triptych.tokens import Tokens, TokenSpec

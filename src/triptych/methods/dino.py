@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from triptych.data.views import Views
-from triptych.encoders.vit import Encoder
+from triptych.encoders.base import Encoder
 from triptych.heads import Prototypes, mlp
 from triptych.losses import other_views, prototype_cross_entropy, teacher_probabilities, unit
 from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_copy, ema_update

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from triptych.data.views import View, Views, ViewSpec, between
 from triptych.distributed import all_mean
-from triptych.encoders.vit import Encoder, attention
+from triptych.encoders.base import Encoder
+from triptych.encoders.vit import attention
 from triptych.heads import Prototypes, init_linear, mlp
 from triptych.losses import other_views, prototype_cross_entropy, teacher_probabilities, unit
 from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_copy, ema_update

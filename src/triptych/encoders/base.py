@@ -1,0 +1,84 @@
+"""What every encoder is to the rest: images in, tokens by role out."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from torch import Tensor, nn
+
+from triptych.errors import UserError
+from triptych.tokens import Tokens, TokenSpec
+
+
+class Encoder(nn.Module, ABC):
+    """images (B, 3, H, W) -> Tokens.  H and W are any multiples of `patch_size`."""
+
+    spec: TokenSpec
+    mask_token: nn.Parameter | None
+    aux_tokens: nn.Parameter | None
+
+    @property
+    @abstractmethod
+    def trunk(self) -> nn.Module:
+        """The timm model inside: its weights under timm's names are what is exported."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """D, of the final tokens."""
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Number of blocks."""
+
+    @property
+    @abstractmethod
+    def heads(self) -> int:
+        """Attention heads of the last block."""
+
+    @property
+    @abstractmethod
+    def patch_size(self) -> int:
+        """Pixels per side that one final patch token stands for."""
+
+    @property
+    @abstractmethod
+    def native_size(self) -> tuple[int, int]:
+        """Height and width (pixels) that the trunk was built for."""
+
+    @abstractmethod
+    def layers(
+        self, images: Tensor, blocks: Sequence[int], mask: Tensor | None = None, keep: Tensor | None = None
+    ) -> list[Tokens]:
+        """The tokens after each of the given blocks (0-based, negative from the end)."""
+
+    def forward(self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tokens:
+        """mask (B, N) bool, True = replaced by the mask token; keep (B, n) int64 = patches that enter the encoder."""
+        return self.layers(images, [self.depth - 1], mask, keep)[0]
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of final patch tokens of an image of this size (pixels)."""
+        p = self.patch_size
+        if height % p or width % p:
+            raise UserError(f"an image of {height}x{width} px does not divide into patches of {p} px: use multiples")
+        return height // p, width // p
+
+    def without(self, role: Literal["aux", "mask"]) -> Self:
+        """A copy without a role that no other token attends to: the same class and patch tokens to the last bit."""
+        kept = copy.deepcopy(self)
+        if role == "aux":
+            kept.aux_tokens = None
+        else:
+            kept.mask_token = None
+        kept.spec = TokenSpec(**{**vars(self.spec), role: type(getattr(self.spec, role))(0)})
+        return kept
+
+    @abstractmethod
+    def timm_arguments(self) -> tuple[str, dict]:
+        """timm's name of an architecture and the arguments with which `timm.create_model` builds this trunk."""
+
+    @abstractmethod
+    def as_timm(self, tokens: Tokens) -> Tensor:
+        """The tokens as the trunk's own `forward_features` gives them."""
