@@ -16,7 +16,7 @@ from triptych.data.views import View, Views
 from triptych.encoders import ViTConfig
 from triptych.losses import other_views, prototype_cross_entropy
 from triptych.methods import DINOConfig, UDIConfig
-from triptych.optim import adamw, clip_gradients, set_rates
+from triptych.optim import clip_gradients, make_optimizer, set_rates
 from triptych.recipe import Recipe, build_method
 from triptych.schedules import Progress
 
@@ -39,7 +39,7 @@ def batch_of(images: int, patch: int) -> Views:
 def stepper(method_config, options, dtype: torch.dtype):
     encoder = ViTConfig(arch=options.arch, drop_path=0.1)
     method = build_method(Recipe(name="benchmark", method=method_config, encoder=encoder))
-    optimizer, views = adamw(method, Recipe(name="b", method=method_config).optim), batch_of(options.batch, 16)
+    optimizer, views = make_optimizer(method, Recipe(name="b", method=method_config).optim), batch_of(options.batch, 16)
 
     def step() -> None:
         t = Progress(10, 100, 5)

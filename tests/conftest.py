@@ -9,6 +9,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from triptych.data.views import View, Views
+from triptych.encoders.swin import SwinConfig
+from triptych.encoders.swin import build as build_swin
 from triptych.encoders.vit import ViT, init_encoder
 from triptych.tokens import TokenSpec
 
@@ -47,6 +49,12 @@ def tiny_encoder(spec: TokenSpec, *, image=16, patch=4, width=12, depth=2, heads
     return encoder
 
 
+def tiny_swin(spec: TokenSpec, *, image=16, window=4, width=8, depths=(2, 2), heads=(2, 4), drop_path=0.0):
+    """A Swin of two stages whose final patches are 4 px, like tiny_encoder's."""
+    sizes = {"patch_size": 2, "window_size": window, "width": width, "depths": depths, "heads": heads}
+    return build_swin(SwinConfig(image_size=image, drop_path=drop_path, **sizes), spec)
+
+
 def timm_tokens(encoder, images):
     """All tokens as the encoder's timm model itself would give them."""
     return encoder.as_timm(encoder(images))
@@ -79,11 +87,11 @@ def timm_name(golden_name: str) -> str:
 def random_views(
     images=4, *, size=16, local=8, n_local=2, patch=4, windows=(2, 1), seed=0, dtype=torch.float64
 ) -> Views:
-    """A batch of random pixels with overlapping boxes and stratified samples."""
+    """A batch of random pixels with overlapping boxes, stratified samples, masks on the global crops, and labels."""
     g = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
 
-    def view(side: int, window: int) -> View:
+    def view(side: int, window: int, masked: bool = False) -> View:
         from triptych.data.crops import stratified_sample
 
         low = torch.rand(images, 2, generator=g, dtype=dtype) * 0.3
@@ -93,6 +101,12 @@ def random_views(
         box = torch.where(flip[:, None], box[:, [0, 3, 2, 1]], box)
         samples = [stratified_sample((side // patch,) * 2, window, rng) for _ in range(images)]
         pixels = torch.randn(images, 3, side, side, generator=g, dtype=dtype)
-        return View(pixels, box, torch.full((images, 2), 0.01, dtype=dtype), torch.from_numpy(np.stack(samples)))
+        mask = None
+        if masked:  # one image without a hidden patch
+            mask = torch.rand(images, (side // patch) ** 2, generator=g) < 0.4
+            mask[0] = False
+        drawn = torch.from_numpy(np.stack(samples))
+        return View(pixels, box, torch.full((images, 2), 0.01, dtype=dtype), drawn, mask)
 
-    return Views([view(size, windows[0]) for _ in range(2)], [view(local, windows[1]) for _ in range(n_local)])
+    crops = [view(size, windows[0], masked=True) for _ in range(2)], [view(local, windows[1]) for _ in range(n_local)]
+    return Views(*crops, labels=torch.arange(images) % 3)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,47 @@ def all_mean(x: Tensor) -> Tensor:
     y = x.detach().clone()
     dist.all_reduce(y)
     return y / world_size()
+
+
+class _AllMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_mean(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return all_mean(grads[0])  # the mean over processes is its own adjoint
+
+
+def all_mean_grad(x: Tensor) -> Tensor:
+    """Mean over processes; each process's gradient flows to all of them."""
+    return x if world_size() == 1 else cast(Tensor, _AllMean.apply(x))
+
+
+def all_gather(x: Tensor, dim: int = 0) -> Tensor:
+    """The processes' tensors, which have one shape, side by side along `dim`; without gradient."""
+    if world_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts, dim)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        ctx.dim = dim
+        return all_gather(x, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        total = all_mean(grads[0].contiguous()) * world_size()
+        return total.chunk(world_size(), ctx.dim)[rank()], None
+
+
+def all_gather_grad(x: Tensor, dim: int = 0) -> Tensor:
+    """`all_gather` through which each process's gradient flows back to where a row came from."""
+    return x if world_size() == 1 else cast(Tensor, _AllGather.apply(x, dim))
 
 
 def start() -> torch.device:

@@ -1,10 +1,14 @@
 """Projection heads.  A projector maps (..., D) -> (..., P); Prototypes holds the K directions it is compared with."""
 
 import itertools
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from triptych.distributed import all_mean_grad, world_size
+from triptych.losses import full_precision
 
 
 def init_linear(module: nn.Module, std: float = 0.02) -> None:
@@ -16,16 +20,66 @@ def init_linear(module: nn.Module, std: float = 0.02) -> None:
                 nn.init.zeros_(m.bias)
 
 
-def mlp(*sizes: int, batch_norm: bool = False) -> nn.Sequential:
-    """Linear layers with GELU between: mlp(D, hidden, hidden, P).  batch_norm: before each GELU, on (B, D) input."""
-    layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
-        layers.append(nn.Linear(a, b))
-        if i < len(sizes) - 2:
-            layers += [nn.BatchNorm1d(b)] * batch_norm + [nn.GELU()]
-    head = nn.Sequential(*layers)
-    init_linear(head)
-    return head
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm of (B, features) whose batch is that of all processes, on any device.
+
+    (torch's SyncBatchNorm runs on GPUs only.)  Every process must hold equally many rows.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        x = full_precision(input)
+        mean = all_mean_grad(x.mean(0))
+        var = all_mean_grad((x - mean).square().mean(0))
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            n, m = len(x) * world_size(), self.momentum or 0.0
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean.to(self.running_mean), m)
+                self.running_var.lerp_((var * n / max(n - 1, 1)).to(self.running_var), m)
+        y = (x - mean) * (var + self.eps).rsqrt()
+        return (y if self.weight is None else y * self.weight + self.bias).to(input.dtype)
+
+
+class MLP(nn.Sequential):
+    """Linear layers with an activation between: MLP(D, hidden, hidden, P) maps (..., D) -> (..., P).
+
+    norm: BatchNorm before each activation (then the input is (B, D)).  last_norm: what follows the last linear layer,
+    BatchNorm without scale and offset ("plain", MoCo v3) or with scale only ("scale", SimCLR).
+    init: "dino" = truncated normal, σ 0.02, biases 0; "torch" = PyTorch's own.
+    """
+
+    def __init__(
+        self,
+        *sizes: int,
+        activation: Literal["gelu", "relu"] = "gelu",
+        norm: bool = False,
+        bias: bool = True,
+        last_bias: bool = True,
+        last_norm: Literal["none", "plain", "scale"] = "none",
+        init: Literal["dino", "torch"] = "dino",
+    ):
+        options: dict[str, Any] = {"activation": activation, "norm": norm, "bias": bias, "last_bias": last_bias}
+        options |= {"last_norm": last_norm, "init": init}
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(itertools.pairwise(sizes)):
+            last = i == len(sizes) - 2
+            layers.append(nn.Linear(a, b, bias=last_bias if last else bias))
+            if not last:
+                layers += [BatchNorm(b)] * norm + [nn.GELU() if activation == "gelu" else nn.ReLU()]
+        if last_norm != "none":
+            layers.append(BatchNorm(sizes[-1], affine=last_norm == "scale"))
+        super().__init__(*layers)
+        self.sizes, self.options = sizes, options
+        if last_norm == "scale":
+            cast(nn.Parameter, layers[-1].bias).requires_grad_(False)
+        if init == "dino":
+            init_linear(self)
+
+    def fresh(self) -> "MLP":
+        """The same architecture with new weights."""
+        return MLP(*self.sizes, **self.options)
 
 
 class Prototypes(nn.Module):

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triptych.distributed import all_mean
+
 
 def full_precision(x: Tensor) -> Tensor:
     """fp32 for half-precision input, otherwise unchanged: softmax and log-sum-exp are not left to autocast."""
@@ -48,6 +50,19 @@ def prototype_cross_entropy(
     return (weight * (logits.logsumexp(-1) - agreement)).sum()
 
 
+def masked_cross_entropy(
+    z_s: Tensor, prototypes_s: Tensor, z_t: Tensor, prototypes_t: Tensor, mask: Tensor, **options
+) -> Tensor:
+    """Mean over views and images of the mean of H(p_t, p_s) over the image's masked patches; none masked counts as 0.
+
+    mask (V, B, N) bool; z_s (R, P): the student's masked patches only, in the mask's order; z_t (V, B, N, P) of all.
+    options: as for `prototype_cross_entropy`.
+    """
+    share = mask / mask.sum(-1, keepdim=True).clamp(min=1) / mask[..., 0].numel()
+    weight = share.to(z_s.dtype)[mask][None, None]
+    return prototype_cross_entropy(z_s[None], prototypes_s, z_t[mask][None], prototypes_t, weight=weight, **options)
+
+
 def other_views(teachers: int, students: int, images: int, like: Tensor) -> Tensor:
     """(T, S, 1) weights of the mean over images and over pairs of different views.
 
@@ -55,3 +70,17 @@ def other_views(teachers: int, students: int, images: int, like: Tensor) -> Tens
     """
     pairs = 1 - torch.eye(teachers, students, device=like.device, dtype=full_precision(like).dtype)
     return (pairs / (pairs.sum() * images))[..., None]
+
+
+@torch.no_grad()
+def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Codes (B, K): rows sum to 1 and, over the batches of all processes, columns to B/K (SwAV, Sinkhorn-Knopp).
+
+    scores (B, K).  exp(scores/ε) is not guarded against overflow: cosines over ε = 0.05 stay below e^20.
+    """
+    codes = (full_precision(scores) / epsilon).exp()
+    codes = codes * (len(codes) / all_mean(codes.sum()))
+    for _ in range(iterations):
+        codes = codes / all_mean(codes.sum(0))  # every prototype alike; the factor K/B cancels in the next line
+        codes = codes / codes.sum(1, keepdim=True)
+    return codes

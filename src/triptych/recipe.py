@@ -7,11 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from triptych import methods
 from triptych.data.loader import LoaderConfig, ViewsConfig
-from triptych.encoders import Encoder, ViTConfig
+from triptych.data.sources import Source
+from triptych.encoders import Encoder, EncoderConfig, ViTConfig
 from triptych.encoders import build as build_encoder
 from triptych.encoders.load import load_weights
 from triptych.errors import UserError
-from triptych.methods import METHODS, Method, MethodConfig
+from triptych.methods import METHODS, Method, MethodConfig, SupervisedConfig
 from triptych.optim import OptimConfig
 
 
@@ -37,7 +38,7 @@ class Recipe(BaseModel):
 
     name: str
     method: MethodConfig
-    encoder: ViTConfig = ViTConfig()
+    encoder: EncoderConfig = ViTConfig()
     views: ViewsConfig = ViewsConfig()
     optim: OptimConfig = OptimConfig()
     batch: int = Field(default=1024, ge=1)  # images per optimiser step, over all processes
@@ -54,25 +55,49 @@ def build_method(recipe: Recipe) -> Method:
     """The recipe's method with its freshly initialised (or loaded) encoder, a function of the seed alone."""
     torch.manual_seed(recipe.seed)
     kind = METHODS[type(recipe.method)]
-    encoder = build_encoder(recipe.encoder, kind.tokens, recipe.views.global_size)
+    encoder = build_encoder(recipe.encoder, kind.token_spec(recipe.method), recipe.views.global_size)
     _check_fit(recipe, encoder)
     if recipe.encoder.weights:
         load_weights(encoder, recipe.encoder.weights)
     return methods.build(encoder, recipe.method)
 
 
+def of_source(recipe: Recipe, source: Source) -> Recipe:
+    """The recipe with what only the images tell: the number of classes of supervised training."""
+    if not isinstance(recipe.method, SupervisedConfig):
+        return recipe
+    if not source.classes:
+        raise UserError(f"{source.name} has no labels: put the images of each class in a sub-folder of its own")
+    found, asked = len(source.classes), recipe.method.classes
+    if asked not in (None, found):
+        raise UserError(f"--method.classes {asked}: {source.name} has {found} classes; leave the setting out")
+    return recipe.model_copy(update={"method": recipe.method.model_copy(update={"classes": found})})
+
+
 def _check_fit(recipe: Recipe, encoder: Encoder) -> None:
     """What only encoder, views and method together tell: an error now, not in a worker at step 0."""
-    spec = METHODS[type(recipe.method)].view_spec(recipe.method)
-    views = {"global": (recipe.views.global_size, spec.window_global)}
-    if recipe.views.local_crops:
-        views["local"] = recipe.views.local_size, spec.window_local
-    for name, (size, window) in views.items():
+    spec, views = METHODS[type(recipe.method)].view_spec(recipe.method), recipe.views
+    name = getattr(recipe.method, "base", recipe.method).name
+    if views.global_crops != spec.global_crops:
+        raise UserError(
+            f"--views.global_crops {views.global_crops}: {name} compares {spec.global_crops} of them"
+            if spec.global_crops > 1
+            else f"--views.global_crops {views.global_crops}: {name} takes one view of an image, set it to 1"
+        )
+    if views.local_crops and not spec.local_crops:
+        raise UserError(f"--views.local_crops {views.local_crops}: {name} makes no use of local crops, set it to 0")
+    sides = {"global": (views.global_size, spec.window_global)}
+    if views.local_crops:
+        sides["local"] = views.local_size, spec.window_local
+    for level, (size, window) in sides.items():
         side = encoder.grid(size, size)[0]
         if window > side:
             raise UserError(
-                f"--method.window_{name} {window} is larger than the {side}x{side} patches of a {name} crop"
+                f"--method.window_{level} {window} is larger than the {side}x{side} patches of a {level} crop"
             )
     heads = getattr(recipe.method, "srs_heads", None)
     if heads and encoder.width % heads:
         raise UserError(f"--method.srs_heads {heads} does not divide the encoder's width of {encoder.width}")
+    queue = getattr(getattr(recipe.method, "base", recipe.method), "queue", 0)
+    if queue and queue < recipe.batch:
+        raise UserError(f"--method.queue {queue} is shorter than a step's batch of {recipe.batch}: make it a multiple")

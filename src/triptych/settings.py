@@ -1,12 +1,14 @@
 """From a recipe's name, a YAML file and `--dotted.name value` pairs to one checked Recipe, with each value's origin."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from triptych.encoders import ENCODERS
 from triptych.errors import UserError, nearest
+from triptych.methods import METHODS
 from triptych.recipe import Recipe
 from triptych.recipes import RECIPES
 
@@ -84,12 +86,9 @@ def resolve(name: str, config: Path | None, overrides: Flat) -> tuple[Recipe, di
     layers.append(("command line", overrides))
     values, origin = {}, {}
     for source, layer in layers:
-        if layer.get("method.name", values.get("method.name")) != values.get("method.name"):
-            # Another method: what both have stays, the rest of the old method's fields would not be understood.
-            known = _fields(Recipe, layer["method.name"])
-            values = {k: v for k, v in values.items() if k in known}
+        values = _switch(values, layer)
         for key, value in layer.items():
-            _check_name(key, _fields(Recipe, layer.get("method.name", values.get("method.name"))), source)
+            _check_name(key, _fields(Recipe, values | layer), source)
             values[key], origin[key] = value, source
     try:
         recipe = Recipe.model_validate(nested(values))
@@ -98,23 +97,48 @@ def resolve(name: str, config: Path | None, overrides: Flat) -> tuple[Recipe, di
     return recipe, {key: origin.get(key, "default") for key in flat(recipe.model_dump())}  # a new method's own fields
 
 
-def _fields(model: type[BaseModel], method: str | None, prefix: str = "") -> dict[str, None]:
-    """Flat names of all fields, those of one method."""
-    from triptych.methods import METHODS
+def _switch(values: Flat, layer: Flat) -> Flat:
+    """Where the layer names another method or encoder: what both have stays, the rest would not be understood.
 
+    A method that becomes the base of "mte" keeps all its settings, under `method.base`.
+    """
+    changed = [k for k in layer if k.endswith(".name") and values.get(k, layer[k]) != layer[k]]
+    if "method.name" in changed and layer["method.name"] == "mte":
+        wrapped = {k: v for k, v in values.items() if k.startswith("method.")}
+        values = {k: v for k, v in values.items() if k not in wrapped}
+        if wrapped["method.name"] != "supervised":
+            values |= {k.replace("method.", "method.base.", 1): v for k, v in wrapped.items()}
+        return _switch(values, {k: v for k, v in layer.items() if k in ("method.name", "method.base.name")})
+    if not changed:
+        return values
+    known = _fields(Recipe, values | {k: layer[k] for k in changed})
+    return {k: v for k, v in values.items() if k in known}
+
+
+def _fields(model: type[BaseModel], values: Flat, prefix: str = "") -> dict[str, None]:
+    """Flat names of all fields, those of the methods and encoders that `values` names."""
     out: dict[str, None] = {}
     for name, field in model.model_fields.items():
-        kind = field.annotation
-        if prefix == "" and name == "method":
-            kind = next((c for c in METHODS if c.model_fields["name"].default == method), None)
-            if kind is None:
-                names = [c.model_fields["name"].default for c in METHODS]
-                raise UserError(f"no method {method!r}{nearest(str(method), names)} there are: {', '.join(names)}")
+        kinds = {c.model_fields["name"].default: c for c in _members(field.annotation) if "name" in c.model_fields}
+        kind: Any = field.annotation
+        if kinds:
+            given = values.get(f"{prefix}{name}.name", getattr(field.default, "name", next(iter(kinds))))
+            if given not in kinds:
+                what = "base of mte" if name == "base" else name
+                raise UserError(f"no {what} {given!r}{nearest(str(given), kinds)} there are: {', '.join(kinds)}")
+            kind = kinds[given]
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            out |= _fields(kind, method, f"{prefix}{name}.")
+            out |= _fields(kind, values, f"{prefix}{name}.")
         else:
             out[f"{prefix}{name}"] = None
     return out
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    """The models of a union, however it is nested."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for part in get_args(annotation) for m in _members(part)]
 
 
 def _check_name(key: str, known: dict[str, None], source: str) -> None:
@@ -126,9 +150,9 @@ def _check_name(key: str, known: dict[str, None], source: str) -> None:
 
 
 def _readable(error: ValidationError, origin: dict[str, str]) -> str:
-    lines = []
+    lines, tags = [], {c.model_fields["name"].default for c in METHODS} | set(ENCODERS)
     for problem in error.errors():
-        path = [str(p) for p in problem["loc"] if p not in ("udi", "dino")]
+        path = [str(p) for p in problem["loc"] if p not in tags]
         name = ".".join(p for p in path if not p.isdigit())
         where = origin.get(name, "recipe")
         said = problem["msg"].removeprefix("Value error, ")

@@ -6,9 +6,14 @@ Shape letters used in every file:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
+
+
+# Keys of an auxiliary token beside itself: every token; patches and other auxiliary tokens; patches.  "uncut": every
+# token, and every token sees it: then removal changes the rest, as MTE's ablation shows.
+AuxSees = Literal["all", "not_global", "patches", "uncut"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,11 @@ class TokenSpec:
     register: int = 0  # read by no loss
     aux: int = 0  # MTE's auxiliary class tokens: private, no other token attends to them
     mask: bool = False  # a learned vector that stands in for hidden patches
+    aux_sees: AuxSees = "all"
 
     def __or__(self, other: "TokenSpec") -> "TokenSpec":
-        return TokenSpec(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+        counts = {f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.type != AuxSees}
+        return TokenSpec(**counts, aux_sees=self.aux_sees if self.aux else other.aux_sees)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Tokens:
     cls_plus: Tensor | None = None  # (B, D)
     register: Tensor | None = None  # (B, R, D)
     aux: Tensor | None = None  # (B, A, D)
+    aux_raw: Tensor | None = None  # (B, A, D) before the final norm
 
     @property
     def global_token(self) -> Tensor:

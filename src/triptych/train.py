@@ -5,6 +5,7 @@ and started again with the same command ends with the same bits as one that neve
 kernels of its own that add in no fixed order.)
 """
 
+import random
 import signal
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -27,8 +29,8 @@ from triptych.health import measure
 from triptych.log import Metrics, ProgressLine, duration
 from triptych.methods import METHODS, Method
 from triptych.methods.base import Step
-from triptych.optim import adamw, clip_gradients, set_rates
-from triptych.recipe import Recipe, build_method
+from triptych.optim import clip_gradients, make_optimizer, set_rates
+from triptych.recipe import Recipe, build_method, of_source
 from triptych.run_folder import claim_folder
 from triptych.schedules import Progress
 
@@ -69,10 +71,11 @@ class Run:
     """One process's share of a run: the state that the loop needs, and its parts by name."""
 
     def __init__(self, recipe: Recipe, source: Source, out: Path, device: torch.device, console: Console):
+        recipe = of_source(recipe, source)
         self.recipe, self.source, self.out, self.device = recipe, source, out, device
         self.dtype = autocast_dtype(recipe, device)
         self.method = build_method(recipe).to(device)
-        self.optimizer = adamw(self.method, recipe.optim)
+        self.optimizer = make_optimizer(self.method, recipe.optim)
         claim_folder(recipe, source, out)  # after what may refuse the recipe: a mistake leaves no folder behind
         self.steps_per_epoch = len(source) // recipe.batch
         self.total = recipe.epochs * self.steps_per_epoch
@@ -134,7 +137,7 @@ class Run:
             waited += time.monotonic() - asked
             self._note_unreadable(unreadable)
             views = views.on_device(self.device, self.mean, self.std)
-            torch.manual_seed(hash((recipe.seed, t.step, part, distributed.rank())))
+            seed_all(hash((recipe.seed, t.step, part, distributed.rank())))
             last = part == recipe.accumulate - 1
             model = self.model
             no_sync = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
@@ -301,6 +304,13 @@ class Run:
     def _say(self, text: str) -> None:
         if distributed.is_main():
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def seed_all(seed: int) -> None:
+    """Every generator that a method may draw from (timm's mixup uses numpy's, its random erasing Python's)."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 @contextmanager

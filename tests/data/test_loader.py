@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resized_crop
 
 from triptych.data.loader import (
     Batches,
@@ -11,17 +13,18 @@ from triptych.data.loader import (
     ViewDataset,
     ViewsConfig,
     check_batch,
+    collate,
     make_loader,
 )
 from triptych.data.sources import open_source
-from triptych.data.views import ViewSpec, token_positions
+from triptych.data.views import MaskSpec, Views, ViewSpec, token_positions
 from triptych.errors import UserError
 
 PLAIN = ViewsConfig(global_size=32, local_size=16, local_crops=2, colour="none", overlap="fixed")
 
 
-def dataset(folder, config=PLAIN, windows=(2, 1), seed=0) -> ViewDataset:
-    return ViewDataset(open_source(folder), config, ViewSpec(*windows), patch_size=8, seed=seed)
+def dataset(folder, config=PLAIN, windows=(2, 1), seed=0, **spec) -> ViewDataset:
+    return ViewDataset(open_source(folder), config, ViewSpec(*windows, **spec), patch_size=8, seed=seed)
 
 
 @pytest.fixture
@@ -33,6 +36,16 @@ def gradients(tmp_path):
         pixels = np.stack([(y + 0.5) / height, (x + 0.5) / width, np.zeros((height, width))], -1) * 255
         Image.fromarray(pixels.round().astype(np.uint8)).save(tmp_path / f"{i}.png")
     return tmp_path
+
+
+@pytest.fixture
+def classes(gradients):
+    """The same images, the first three of class a and the others of class b."""
+    for i in range(6):
+        folder = gradients / ("a" if i < 3 else "b")
+        folder.mkdir(exist_ok=True)
+        (gradients / f"{i}.png").rename(folder / f"{i}.png")
+    return gradients
 
 
 def test_a_view_shows_what_its_box_says(gradients):
@@ -89,16 +102,22 @@ def test_processes_and_accumulated_parts_share_out_one_batch():
         assert joint == batch
 
 
+def tensors(views: Views) -> list[torch.Tensor]:
+    every = [views.labels, *(x for view in views.all for x in vars(view).values())]
+    return [x for x in every if x is not None]
+
+
+@pytest.mark.parametrize("colour", ["udi", "randaug"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_workers_do_not_change_a_batch(gradients, workers):
+def test_workers_do_not_change_a_batch(classes, workers, colour):
+    data = dataset(classes, PLAIN.model_copy(update={"colour": colour}), mask=MaskSpec(), labels=True)
     batches = Batches(images=6, batch=2, epochs=1, seed=0)
-    reference = list(make_loader(dataset(gradients), batches, LoaderConfig(workers=0), pin=False))
-    loaded = list(make_loader(dataset(gradients), batches, LoaderConfig(workers=workers), pin=False))
+    reference = [collate([data[key] for key in keys])[0] for keys in batches]
+    loaded = list(make_loader(data, batches, LoaderConfig(workers=workers), pin=False))
     assert len(loaded) == 3
-    for (a, _), (b, _) in zip(reference, loaded, strict=True):
-        for x, y in zip(a.all, b.all, strict=True):
-            assert torch.equal(x.images, y.images)
-            assert torch.equal(x.box, y.box)
+    for a, (b, _) in zip(reference, loaded, strict=True):
+        assert len(tensors(a)) == 19  # 4 views of 4 tensors, 2 masks, the labels
+        assert all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
 
 
 def test_normalisation_happens_on_the_device(gradients):
@@ -108,6 +127,75 @@ def test_normalisation_happens_on_the_device(gradients):
     expected = (views.all[0].images.float() / 255 - mean[:, None, None]) / std[:, None, None]
     assert views.all[0].images.dtype == torch.uint8
     torch.testing.assert_close(floats.all[0].images, expected)
+
+
+def test_masks_cover_global_crops_alone_and_change_nothing_else(gradients):
+    config = PLAIN.model_copy(update={"colour": "udi"})
+    keys = [(epoch, i) for epoch in range(8) for i in range(6)]
+    plain, masked = dataset(gradients, config), dataset(gradients, config, mask=MaskSpec())
+    without, _ = collate([plain[key] for key in keys])
+    views, _ = collate([masked[key] for key in keys])
+    first, second = (view.mask for view in views.global_crops)
+    assert first is not None
+    assert second is not None
+    assert (first.shape, first.dtype) == ((48, 16), torch.bool)  # 32 pixels are 4 x 4 patches
+    assert not torch.equal(first, second)
+    shares = torch.cat([first, second]).float().mean(1)
+    assert shares.max() <= 0.5
+    assert 0.3 < (shares > 0).float().mean() < 0.7
+    assert [view.mask for view in [*views.local_crops, *without.all]] == [None] * 6
+    for a, b in zip(without.all, views.all, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.box, b.box)
+        assert torch.equal(a.samples, b.samples)
+
+
+def test_labels_reach_the_batch_and_are_moved_with_it(classes):
+    data = dataset(classes, labels=True)
+    views, _ = collate([data[0, i] for i in (5, 0, 3, 1)])
+    assert views.labels.tolist() == [1, 0, 1, 0]
+    assert views.labels.dtype == torch.int64
+    assert views.map(lambda x: x[:3]).labels.tolist() == [1, 0, 1]
+    moved = views.on_device(torch.device("cpu"), torch.full((3,), 0.5), torch.full((3,), 0.5))
+    assert torch.equal(moved.labels, views.labels)
+    assert collate([dataset(classes)[0, 0]])[0].labels is None
+
+
+def test_the_label_is_that_of_the_image_that_stands_in(classes):
+    (classes / "a" / "2.png").write_bytes(b"broken")
+    sample = dataset(classes, labels=True)[0, 2]
+    assert sample.unreadable
+    assert sample.label == 1  # image 3, the first of class b
+
+
+def test_a_source_without_labels_is_refused_before_the_first_image(gradients, tmp_path):
+    with pytest.raises(UserError, match="has no labels: put the images of each class in a sub-folder of its own"):
+        dataset(gradients, labels=True)
+    listed = tmp_path / "some.txt"
+    listed.write_text("0.png\tcat\n1.png\tdog\n2.png\n")
+    with pytest.raises(UserError, match=r"1 of 3 images of .*some.txt have no label, the first: 2.png"):
+        dataset(listed, labels=True)
+
+
+@pytest.mark.parametrize("local_crops", [0, 2])
+def test_one_global_crop_is_the_first_of_two(gradients, local_crops):
+    """Local crops are then steered to its box; with none there is one view per image."""
+    config = PLAIN.model_copy(update={"global_crops": 1, "local_crops": local_crops})
+    views, _ = collate([dataset(gradients, config, mask=MaskSpec())[0, i] for i in range(6)])
+    pairs, _ = collate([dataset(gradients)[0, i] for i in range(6)])
+    assert (len(views.global_crops), len(views.local_crops)) == (1, local_crops)
+    assert views.global_crops[0].mask is not None
+    assert torch.equal(views.global_crops[0].images, pairs.global_crops[0].images)
+    assert [view.images.shape[-1] for view in views.local_crops] == [16] * local_crops
+
+
+@pytest.mark.parametrize("name", ["bicubic", "bilinear"])
+def test_crops_are_resized_with_the_interpolation_asked_for(gradients, name):
+    data = dataset(gradients, PLAIN.model_copy(update={"interpolation": name, "flip": 0.0}))
+    sample, noise = data[0, 0], torch.from_numpy(np.array(data.source.image(0))).permute(2, 0, 1)
+    y0, x0, y1, x1 = (sample.boxes[0].double() * torch.tensor([96, 128, 96, 128])).round().long().tolist()
+    expected = resized_crop(noise, y0, x0, y1 - y0, x1 - x0, [32, 32], InterpolationMode(name), antialias=True)
+    assert torch.equal(sample.pixels[0], expected.permute(1, 2, 0))
 
 
 def test_an_unreadable_file_is_replaced_by_the_next_and_named(gradients):

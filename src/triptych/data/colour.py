@@ -1,4 +1,4 @@
-"""Photometric augmentation of one uint8 RGB crop on the CPU: colour jitter, grey, blur, solarisation.
+"""Photometric augmentation of one uint8 RGB crop on the CPU: colour jitter, grey, blur, solarisation, RandAugment.
 
 The reference is torchvision's v1 transforms on PIL images, with which DINO and UDI were trained; the operations below
 agree with it to about one grey level (``tests/data/test_colour.py`` says how closely) at a fraction of its time.  All
@@ -13,6 +13,7 @@ from typing import Literal
 import cv2
 import numpy as np
 
+from triptych.data.randaug import RandAugment
 from triptych.errors import UserError, nearest
 
 # PIL truncates where OpenCV rounds: floor(x) = round(x - 1/2).  Just under 1/2, lest an exact integer lose one.
@@ -133,7 +134,7 @@ class Colour:
 
 
 Role = Literal["global_1", "global_2", "local"]
-Mixture = tuple[tuple[float, Colour], ...]
+Mixture = tuple[tuple[float, Colour | RandAugment], ...]
 """(weight, recipe) pairs, of which one is drawn per view; the weights sum to 1."""
 
 
@@ -142,7 +143,7 @@ def _each(*, global_1: Mixture, global_2: Mixture, local: Mixture) -> dict[Role,
     return {"global_1": global_1, "global_2": global_2, "local": local}
 
 
-def _every(*mixture: tuple[float, Colour]) -> dict[Role, Mixture]:
+def _every(*mixture: tuple[float, Colour | RandAugment]) -> dict[Role, Mixture]:
     """A policy that treats every view alike."""
     return _each(global_1=mixture, global_2=mixture, local=mixture)
 
@@ -152,17 +153,23 @@ _BLUR_ALWAYS = Colour(p_blur=1.0)
 _BLUR_OR_SOLARISE = Colour(p_blur=0.1, p_solarise=0.2)
 
 COLOURS: dict[str, dict[Role, Mixture]] = {
-    # Caron et al. 2021, "Implementation details", after BYOL's asymmetric pair.
+    # Caron et al. 2021, "Implementation details".  The global pair is Grill et al. 2020's (BYOL), number for number,
+    # and so MoCo v3's and MoBY's.
     "dino": _each(global_1=((1.0, _BLUR_ALWAYS),), global_2=((1.0, _BLUR_OR_SOLARISE),), local=((1.0, _BLUR_HALF),)),
     # Su & Ji 2024 (UDI), released code: overall P(blur) = 0.425 and P(solarise) = 0.1 for every view.
     "udi": _every((0.25, _BLUR_HALF), (0.25, _BLUR_ALWAYS), (0.5, _BLUR_OR_SOLARISE)),
+    # Chen et al. 2020, colour strength 1, and Caron et al. 2020 (SwAV), whose numbers are the same.  SimCLR's own code
+    # draws one blur radius per batch; here each view has its own, as in SwAV's.
+    "simclr": _every((1.0, Colour(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2))),
+    # Touvron et al. 2021 (DeiT) and He et al. 2022 (fine-tuning MAE): supervised training.
+    "randaug": _every((1.0, RandAugment())),
     # Ours, for images whose colours tell nothing: views share no hue, so that only form can match them.
     "form": _every((1.0, Colour(saturation=0.4, hue=0.5, p_jitter=1.0, p_grey=0.3, p_blur=0.2))),
     "none": _every((1.0, Colour(p_jitter=0.0, p_grey=0.0, p_blur=0.0))),
 }
 
 
-def _draw(mixture: Mixture, rng: np.random.Generator) -> Colour:
+def _draw(mixture: Mixture, rng: np.random.Generator) -> Colour | RandAugment:
     u = rng.random()
     for weight, recipe in mixture:
         u -= weight
@@ -181,5 +188,7 @@ def augment(
     if policy not in COLOURS:
         raise UserError(f"no colour policy {policy!r}{nearest(policy, COLOURS)}; choose one of {', '.join(COLOURS)}")
     recipe = _draw(COLOURS[policy][role], rng)
+    if isinstance(recipe, RandAugment):
+        return recipe(image, rng)
     low, high = recipe.blur_radius
     return replace(recipe, blur_radius=(blur_scale * low, blur_scale * high))(image, rng)

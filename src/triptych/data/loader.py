@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import cv2
 import numpy as np
@@ -26,16 +27,18 @@ from triptych.data.crops import (
     stratified_sample,
 )
 from triptych.data.images import UnreadableImage
+from triptych.data.masks import draw_mask
 from triptych.data.sources import Source, load_rgb
 from triptych.data.views import View, Views, ViewSpec
 from triptych.errors import UserError, nearest
 
 
 class ViewsConfig(BaseModel):
-    """Two global crops and so many local ones of every image."""
+    """One or two global crops and so many local ones of every image."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    global_crops: Literal[1, 2] = 2  # of each image; supervised training takes one
     global_size: int = Field(default=224, ge=1)  # pixels
     local_size: int = Field(default=96, ge=1)  # pixels
     local_crops: int = Field(default=8, ge=0)  # L
@@ -43,6 +46,7 @@ class ViewsConfig(BaseModel):
     local_scale: tuple[float, float] = (0.05, 0.25)
     overlap: Overlap = "independent"  # or steered towards each other: "fixed", "official" (with its slip)
     local_reference: LocalReference = "union"  # what local crops are steered to; "official": as released
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of crops to their size, antialiased either way
     flip: float = Field(default=0.5, ge=0, le=1)  # probability
     colour: str = "dino"  # policy of data/colour.py
     blur_scale: float = Field(default=1.0, ge=0)  # on the policy's blur radii, which are for crops of 96-224 px
@@ -85,7 +89,10 @@ class Sample:
     pixels: list[Tensor]
     boxes: list[Tensor]
     samples: list[Tensor | None]
+    masks: list[Tensor]  # (N,) bool, one per global crop; empty where the method masks nothing
+    global_crops: int
     pixel: Tensor  # (2,)
+    label: int | None  # of the image that was read; None unless the method asks for it
     unreadable: tuple[str, ...]  # keys that were tried before one could be read
 
 
@@ -94,18 +101,23 @@ class ViewDataset(Dataset):
 
     def __init__(self, source: Source, config: ViewsConfig, spec: ViewSpec, patch_size: int, seed: int):
         self.source, self.config, self.spec, self.patch_size, self.seed = source, config, spec, patch_size, seed
+        if spec.labels:
+            check_labels(source)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        image, unreadable = self._readable(index)
+        position, image, unreadable = self._readable(index)
         rng = np.random.default_rng([self.seed, epoch, index])
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W), channels last in memory
         height, width = pixels.shape[1:]
-        sample = Sample([], [], [], torch.tensor([1 / height, 1 / width]), unreadable)
+        label = self.source.label(position) if self.spec.labels else None
+        pixel = torch.tensor([1 / height, 1 / width])
+        sample = Sample([], [], [], [], self.config.global_crops, pixel=pixel, label=label, unreadable=unreadable)
         windows = self._windows(rng)
+        resampling = InterpolationMode(self.config.interpolation)
         for (crop, flipped), role in self._crops(height, width, rng):
             size = self.config.local_size if role == "local" else self.config.global_size
-            view = F.resized_crop(pixels, *crop, [size, size], InterpolationMode.BICUBIC, antialias=True)
+            view = F.resized_crop(pixels, *crop, [size, size], resampling, antialias=True)
             view = np.ascontiguousarray(view.permute(1, 2, 0).numpy())
             view = augment(
                 view[:, ::-1] if flipped else view,
@@ -117,14 +129,16 @@ class ViewDataset(Dataset):
             sample.pixels.append(torch.from_numpy(view))
             sample.boxes.append(_edges(crop, flipped, height, width))
             sample.samples.append(windows["local" if role == "local" else "global"])
+        sample.masks.extend(self._masks(rng))  # last: asking for masks changes no crop and no colour
         return sample
 
     def _readable(self, index: int):
-        """The image, or the next one that can be read, and the keys that could not."""
+        """(position, image) of this image or the next one that can be read, and the keys that could not."""
         unreadable = []
         for i in range(min(100, len(self.source))):
+            position = (index + i) % len(self.source)
             try:
-                return load_rgb(self.source, (index + i) % len(self.source)), tuple(unreadable)
+                return position, load_rgb(self.source, position), tuple(unreadable)
             except UnreadableImage as error:
                 unreadable.append(str(error))
         raise UserError(f"{len(unreadable)} images in a row cannot be read, the first: {unreadable[0]}")
@@ -138,11 +152,13 @@ class ViewDataset(Dataset):
                 crop = steer(crop, reference, height, width, c.overlap)
             return crop, bool(rng.random() < c.flip)
 
-        first = draw(c.global_scale, None)
-        second = draw(c.global_scale, Box.of(*first))
+        first = last = draw(c.global_scale, None)
+        if c.global_crops == 2:
+            last = draw(c.global_scale, Box.of(*first))
         yield first, "global_1"
-        yield second, "global_2"
-        reference = local_reference(Box.of(*first), Box.of(*second), c.local_reference)
+        if c.global_crops == 2:
+            yield last, "global_2"
+        reference = local_reference(Box.of(*first), Box.of(*last), c.local_reference)
         for _ in range(c.local_crops):
             yield draw(c.local_scale, reference), "local"
 
@@ -156,6 +172,25 @@ class ViewDataset(Dataset):
             for level, window in windows.items()
         }
 
+    def _masks(self, rng: np.random.Generator) -> Iterator[Tensor]:
+        """One mask per global crop, each with its own share; local crops are never masked."""
+        side = self.config.global_size // self.patch_size
+        if self.spec.mask is not None:
+            for _ in range(self.config.global_crops):
+                yield torch.from_numpy(draw_mask(self.spec.mask, (side, side), rng))
+
+
+def check_labels(source: Source) -> None:
+    """Raises UserError unless every image has a label: before training, not at the first image that lacks one."""
+    if source.classes is None:
+        raise UserError(f"{source.name} has no labels: put the images of each class in a sub-folder of its own")
+    without = [i for i in range(len(source)) if source.label(i) is None]
+    if without:
+        raise UserError(
+            f"{len(without)} of {len(source)} images of {source.name} have no label, the first: "
+            f"{source.key(without[0])}; give each one, or leave those images out"
+        )
+
 
 def _edges(crop: Crop, flipped: bool, height: int, width: int) -> Tensor:
     """(4,) y0 x0 y1 x1 in image coordinates, x0 > x1 when flipped."""
@@ -168,17 +203,20 @@ def _edges(crop: Crop, flipped: bool, height: int, width: int) -> Tensor:
 def collate(samples: list[Sample]) -> tuple[Views, list[str]]:
     """-> views (uint8, channels last in memory), reasons of images that could not be read"""
 
+    first = samples[0]
+
     def view(i: int) -> View:
-        patches = [drawn for s in samples if (drawn := s.samples[i]) is not None]
         return View(
             images=torch.stack([s.pixels[i] for s in samples]).permute(0, 3, 1, 2),
             box=torch.stack([s.boxes[i] for s in samples]),
             pixel=torch.stack([s.pixel for s in samples]),
-            samples=torch.stack(patches) if patches else None,
+            samples=None if first.samples[i] is None else torch.stack([cast(Tensor, s.samples[i]) for s in samples]),
+            mask=torch.stack([s.masks[i] for s in samples]) if i < len(first.masks) else None,
         )
 
-    views = [view(i) for i in range(len(samples[0].pixels))]
-    return Views(views[:2], views[2:]), [reason for s in samples for reason in s.unreadable]
+    views, n = [view(i) for i in range(len(first.pixels))], first.global_crops
+    labels = None if first.label is None else torch.tensor([s.label for s in samples])
+    return Views(views[:n], views[n:], labels), [reason for s in samples for reason in s.unreadable]
 
 
 @dataclass(frozen=True)

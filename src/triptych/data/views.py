@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from triptych.errors import UserError
+
 Coordinates = Literal["centres", "ends"]
 
 
@@ -34,9 +36,12 @@ class View:
 class Views:
     global_crops: list[View]  # seen by student and teacher
     local_crops: list[View]  # seen by the student only
+    labels: Tensor | None = None  # (B,) int64: the images' classes, for methods that ask for them
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Views":
-        return Views([v.map(change) for v in self.global_crops], [v.map(change) for v in self.local_crops])
+        """The views with `change` applied to each of their tensors, labels included."""
+        labels = None if self.labels is None else change(self.labels)
+        return Views([v.map(change) for v in self.global_crops], [v.map(change) for v in self.local_crops], labels)
 
     @property
     def all(self) -> list[View]:
@@ -57,15 +62,40 @@ class Views:
         def floats(view: View) -> View:
             return replace(view, images=torch.addcmul(shift[:, None, None], view.images, scale[:, None, None]))
 
-        return Views([floats(v) for v in moved.global_crops], [floats(v) for v in moved.local_crops])
+        return Views([floats(v) for v in moved.global_crops], [floats(v) for v in moved.local_crops], moved.labels)
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """How many patches of a global crop are hidden, and in which shape (data/masks.py).
+
+    The defaults are iBOT's: half of the crops keep all their patches, the others lose a share of U(0.1, 0.5).
+    """
+
+    ratios: tuple[float, ...] = (0.0, 0.3)  # r, shares of the patches, one of which is drawn per crop ...
+    variations: tuple[float, ...] = (0.0, 0.2)  # v, as many ... and varied: U(r - v, r + v)
+    shape: Literal["block", "random"] = "block"
+
+    def __post_init__(self) -> None:
+        if not self.ratios or len(self.ratios) != len(self.variations):
+            raise UserError(
+                f"{len(self.ratios)} mask ratios and {len(self.variations)} variations: give one variation per ratio"
+            )
+        for r, v in zip(self.ratios, self.variations, strict=True):
+            if not 0 <= r - v <= r + v <= 1:
+                raise UserError(f"a mask ratio of {r} ± {v} leaves the range of a share, 0 to 1: lower its variation")
 
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """What a method asks of the loader beyond crops."""
+    """What a method asks of the loader beyond the crops' sizes and colours."""
 
     window_global: int = 0  # stratified sampling: side of a window in patches, 0 = no samples
     window_local: int = 0
+    mask: MaskSpec | None = None  # of global crops; None = no View has a mask
+    labels: bool = False  # one per image, or the source is refused
+    global_crops: int = 2  # of each image
+    local_crops: bool = True  # of any use to it?
 
 
 def ends_box(box: Tensor, pixel: Tensor) -> Tensor:

@@ -10,10 +10,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from triptych.encoders import load_swin
 from triptych.encoders.base import Encoder
+from triptych.encoders.swin import Swin, set_norm_eps
 from triptych.encoders.vit import ViT
 from triptych.errors import UserError, nearest
 from triptych.tokens import TokenSpec
@@ -45,9 +48,9 @@ def load_encoder(
     is_checkpoint = path.suffix == ".pt" and (path.parent.parent / "recipe.yaml").exists()
     if arch is not None and (is_checkpoint or not path.is_file()):
         raise UserError("--arch says what a bare file of weights leaves open; this model needs none")
-    if arch is not None and arch not in timm.list_models(module="vision_transformer"):
-        known = timm.list_models(module="vision_transformer")
-        raise UserError(f"--arch {arch}: timm has no such vision transformer{nearest(arch, known)}")
+    known = timm.list_models(module="vision_transformer") + timm.list_models(module="swin_transformer")
+    if arch is not None and arch not in known:
+        raise UserError(f"--arch {arch}: timm has no such vision transformer or Swin{nearest(arch, known)}")
     if (path / "recipe.yaml").exists():
         return _of_run(path, None, weights)
     if is_checkpoint:
@@ -63,7 +66,6 @@ def load_encoder(
         return Loaded(encoder, model, encoder.native_size[0])
     name = model.removeprefix("timm:")
     if not timm.is_model(name.split(".")[0]):
-        known = timm.list_models("vit*")
         raise UserError(
             f"{model!r} is neither a run, an export, a file of weights nor a timm model{nearest(name, known)}"
         )
@@ -98,9 +100,15 @@ def _of_export(folder: Path) -> Loaded:
     ours = about.get("triptych")
     if ours is None:
         raise UserError(f"{folder}/config.json was not written by `triptych export`; give its weights file instead")
-    vit = timm.create_model(about["architecture"], pretrained=False, num_classes=0, **about["model_args"])
-    vit.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-    encoder = ViT(vit, TokenSpec(**ours["tokens"]), ours["positions"])  # type: ignore[arg-type]
+    trunk: Any = timm.create_model(about["architecture"], pretrained=False, num_classes=0, **about["model_args"])
+    state, spec = load_file(folder / "model.safetensors"), TokenSpec(**ours["tokens"])
+    if load_swin.is_swin(state):
+        trunk.load_state_dict(load_swin.timm_names(state), strict=True)
+        set_norm_eps(trunk, ours["norm_eps"])
+        encoder = Swin(trunk, spec)
+    else:
+        trunk.load_state_dict(state, strict=True)
+        encoder = ViT(trunk, spec, ours["positions"])
     cfg = about["pretrained_cfg"]
     return Loaded(encoder.eval(), str(folder), cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
 
@@ -108,28 +116,32 @@ def _of_export(folder: Path) -> Loaded:
 def _of_timm(name: str, pretrained: bool) -> Loaded:
     torch.manual_seed(0)  # untrained weights are the same every time
     try:
-        vit = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # the hub's client has many kinds of network errors
         raise UserError(
             f"timm could not provide {name}: {error}\nGive a file of weights where there is no network"
         ) from error
-    cfg: Any = vit.pretrained_cfg
-    if not hasattr(vit, "num_reg_tokens"):
-        raise UserError(f"{name} is not a plain ViT: use a timm model made of VisionTransformer's Block")
-    vit = cast(VisionTransformer, vit)  # where it is another model, Encoder refuses it
-    spec = TokenSpec(cls=int(vit.has_class_token), register=vit.num_reg_tokens)
+    encoder = Swin(model, TokenSpec(cls=0)) if isinstance(model, SwinTransformer) else _plain_vit(name, model)
+    shown, cfg = name if pretrained else f"{name} (untrained)", cast(Any, model.pretrained_cfg)
+    return Loaded(encoder.eval(), shown, encoder.native_size[0], tuple(cfg["mean"]), tuple(cfg["std"]))
+
+
+def _plain_vit(name: str, model: nn.Module) -> ViT:
+    if not hasattr(model, "num_reg_tokens"):
+        raise UserError(
+            f"{name} is neither a plain ViT (timm's VisionTransformer and Block) nor a Swin (first version)"
+        )
+    vit = cast(VisionTransformer, model)  # where it is another model, ViT refuses it
     if isinstance(vit.norm, nn.Identity) and isinstance(vit.fc_norm, nn.LayerNorm):
         vit.norm, vit.fc_norm = vit.fc_norm, nn.Identity()  # mean-pooling models keep their final norm there
-    encoder = ViT(vit, spec)
-    shown = name if pretrained else f"{name} (untrained)"
-    return Loaded(encoder.eval(), shown, vit.patch_embed.img_size[0], tuple(cfg["mean"]), tuple(cfg["std"]))
+    return ViT(vit, TokenSpec(cls=int(vit.has_class_token), register=vit.num_reg_tokens))
 
 
 def read_state(path: Path) -> State:
     """Tensors of a file under timm's names, from whichever nesting and prefixes it uses.
 
-    Checkpoints of DINO, iBOT and UDI: the teacher's backbone.  UDI's two class tokens become the class token and the
-    first register (class+).  Heads are left out.
+    Checkpoints of DINO, iBOT and UDI: the teacher's backbone; of MoBY: the online encoder.  UDI's two class tokens
+    become the class token and the first register (class+).  Heads are left out.
     """
     try:
         raw: Any = (
@@ -144,7 +156,7 @@ def read_state(path: Path) -> State:
             raw = raw[key]
     if not isinstance(raw, dict) or not all(isinstance(v, Tensor) for v in raw.values()):
         raise UserError(f"{path} holds no state dict; looked at its top level and under teacher, model, state_dict")
-    return timm_names(raw)
+    return load_swin.timm_names(raw) if load_swin.is_swin(raw) else timm_names(raw)
 
 
 def timm_names(raw: State) -> State:
@@ -166,7 +178,7 @@ def timm_names(raw: State) -> State:
         state["cls_token"], state["cls_plus_token"] = state["cls_token"].split(1, 1)
     missing = [n for n in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight") if n not in state]
     if missing:
-        raise UserError(f"not the state dict of a plain ViT: it lacks {', '.join(missing)}")
+        raise UserError(f"not the state dict of a plain ViT or Swin: it lacks {', '.join(missing)}")
     return state
 
 
@@ -186,8 +198,15 @@ def _registers(state: State) -> Tensor | None:
     return torch.cat(found, 1) if found else None
 
 
-def encoder_of(state: State, *, arch: str | None = None, heads: int | None = None) -> ViT:
-    """An encoder whose sizes are read off a timm-named state dict.  Heads cannot be: width/64 unless given."""
+def encoder_of(state: State, *, arch: str | None = None, heads: int | None = None) -> Encoder:
+    """An encoder whose sizes are read off a timm-named state dict.  A ViT's heads cannot be: width/64 unless given."""
+    swin_arch = arch in timm.list_models(module="swin_transformer")
+    if load_swin.is_swin(state):
+        if heads is not None or (arch is not None and not swin_arch):
+            raise UserError("these are a Swin's weights: its bias tables say the heads; --arch may name a Swin only")
+        return load_swin.encoder_of(state, arch=arch)
+    if swin_arch:
+        raise UserError(f"--arch {arch}: these are a ViT's weights, not a Swin's")
     plus = int("cls_plus_token" in state)
     registers = _registers(state)
     kernel, cls = state["patch_embed.proj.weight"], int("cls_token" in state)
@@ -226,16 +245,27 @@ def encoder_of(state: State, *, arch: str | None = None, heads: int | None = Non
     return ViT(vit, TokenSpec(cls=cls, cls_plus=plus, register=extra - plus)).eval()
 
 
-def load_weights(encoder: ViT, file: str) -> None:
-    """Start an encoder from a file of weights: positions are resampled to its grid, tokens it adds stay fresh.
+def load_weights(encoder: Encoder, file: str) -> None:
+    """Start an encoder from a file of weights: positions are resampled to its grid or windows, tokens it adds stay
+    fresh.
 
     Raises UserError where anything else does not fit.
     """
     path = Path(file)
     if not path.is_file():
         raise UserError(f"--encoder.weights {file}: no such file; give a .pt, .pth or .safetensors state dict")
-    state, vit = read_state(path), encoder.vit
-    registers = _registers(state)
+    state = read_state(path)
+    if load_swin.is_swin(state) != isinstance(encoder, Swin):
+        kinds = ("a ViT", "a Swin") if isinstance(encoder, Swin) else ("a Swin", "a ViT")
+        raise UserError(f"{file} does not fit the encoder: it holds {kinds[0]}, the encoder is {kinds[1]}")
+    if isinstance(encoder, Swin):
+        load_swin.load_weights(encoder, state, file)
+    elif isinstance(encoder, ViT):
+        _load_vit(encoder, state, file)
+
+
+def _load_vit(encoder: ViT, state: State, file: str) -> None:
+    vit, registers = encoder.vit, _registers(state)
     extra = 0 if registers is None else registers.shape[1]
     slots, table = _positions(state, int("cls_token" in state) + extra)
     ours = vit.state_dict()

@@ -79,6 +79,11 @@ class ViT(Encoder):
         return self.vit.patch_embed.patch_size[0]
 
     @property
+    def prefix(self) -> int:
+        """Tokens before the patches: class, class+, registers."""
+        return self.spec.cls + self.spec.cls_plus + self.spec.register
+
+    @property
     def native_size(self) -> tuple[int, int]:
         return self.vit.patch_embed.img_size
 
@@ -90,7 +95,7 @@ class ViT(Encoder):
         x, aux, grid = self._embed(images, mask, keep)
         taps = {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
-            x, aux = _run_block(block, x, aux)
+            x, aux = self._run(block, x, aux)
             if i in wanted:
                 taps[i] = self._roles(x, aux, grid)
         return [taps[b] for b in wanted]
@@ -99,7 +104,7 @@ class ViT(Encoder):
         """(B, heads, T, T): attention of the last block; T = prefix tokens (class, class+, registers), then patches."""
         x, aux, _ = self._embed(images, None, None)
         for block in self.blocks[:-1]:
-            x, aux = _run_block(block, x, aux)
+            x, aux = self._run(block, x, aux)
         last = self.blocks[-1]
         attn = _attn(last)
         q, k, _ = _heads_of(attn, last.norm1(x))
@@ -147,6 +152,23 @@ class ViT(Encoder):
         aux = None if self.aux_tokens is None else self.aux_tokens.expand(len(x), -1, -1).to(x.dtype)
         return x, aux, grid if keep is None else None
 
+    def _run(self, block: Block, x: Tensor, aux: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """One block.  Base tokens x attend to base tokens, private tokens aux to what TokenSpec.aux_sees says.
+
+        The two streams never share a tensor on the base side: the base stream runs the very calls that it would run
+        without private tokens, and so gives the same bits, whatever the private tokens hold.
+        """
+        if aux is not None and self.spec.aux_sees == "uncut":
+            joint, _ = self._run(block, torch.cat([x, aux], 1), None)
+            return joint[:, : x.shape[1]], joint[:, x.shape[1] :]
+        attn, y = _attn(block), block.norm1(x)
+        q, k, v = _heads_of(attn, y)
+        if aux is not None:
+            first = 0 if self.spec.aux_sees == "all" else self.prefix
+            groups = aux.split(1, 1) if self.spec.aux_sees == "patches" else [aux]
+            aux = torch.cat([_run_private(block, group, k[:, :, first:], v[:, :, first:]) for group in groups], 1)
+        return _rest_of_block(block, x, _attend(attn, y, q, k, v)), aux
+
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Position table of the patches on this grid (1, N, D), prefix tokens with their own slots added (1, p, D)."""
         vit = self.vit
@@ -167,7 +189,7 @@ class ViT(Encoder):
         return table, prefix
 
     def _roles(self, x: Tensor, aux: Tensor | None, grid: tuple[int, int] | None) -> Tokens:
-        spec, p = self.spec, self.spec.cls + self.spec.cls_plus + self.spec.register
+        spec, p = self.spec, self.prefix
         y = self.vit.norm(x)
         return Tokens(
             patch=y[:, p:],
@@ -177,6 +199,7 @@ class ViT(Encoder):
             cls_plus=y[:, spec.cls] if spec.cls_plus else None,
             register=y[:, spec.cls + spec.cls_plus : p] if spec.register else None,
             aux=None if aux is None else self.vit.norm(aux),
+            aux_raw=aux,
         )
 
 
@@ -221,23 +244,16 @@ def _attend(attn: Attention, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tens
     return attn.proj_drop(attn.proj(y))
 
 
-def _run_block(block: Block, x: Tensor, aux: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One pre-norm block.  Base tokens x attend to base tokens; private tokens aux attend to all (split attention).
+def _run_private(block: Block, aux: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The block's output for private tokens (B, A, D), which attend to the given keys and to one another."""
+    attn, y = _attn(block), block.norm1(aux)
+    q, k_a, v_a = _heads_of(attn, y)
+    return _rest_of_block(block, aux, _attend(attn, y, q, torch.cat([k, k_a], 2), torch.cat([v, v_a], 2)))
 
-    The two streams never share a tensor on the base side: the base stream runs the very calls that it would run
-    without private tokens, and so gives the same bits.
-    """
-    attn, y = _attn(block), block.norm1(x)
-    q, k, v = _heads_of(attn, y)
-    if aux is not None:
-        y_a = block.norm1(aux)
-        q_a, k_a, v_a = _heads_of(attn, y_a)
-        update = _attend(attn, y_a, q_a, torch.cat([k, k_a], 2), torch.cat([v, v_a], 2))
-        aux = aux + block.drop_path1(block.ls1(update))
-        aux = aux + block.drop_path2(block.ls2(block.mlp(block.norm2(aux))))
-    x = x + block.drop_path1(block.ls1(_attend(attn, y, q, k, v)))
-    x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    return x, aux
+
+def _rest_of_block(block: Block, x: Tensor, update: Tensor) -> Tensor:
+    x = x + block.drop_path1(block.ls1(update))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 def init_encoder(encoder: ViT, init: Literal["dino", "xavier"] = "dino") -> None:

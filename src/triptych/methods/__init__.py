@@ -6,15 +6,41 @@ from pydantic import Field
 
 from triptych.encoders.base import Encoder
 from triptych.methods.base import Method
-from triptych.methods.dino import DINO, DINOConfig
-from triptych.methods.udi import UDI, UDIConfig
+from triptych.methods.byol import BYOLConfig
+from triptych.methods.dino import DINOConfig
+from triptych.methods.hssl import HSSLConfig
+from triptych.methods.ibot import iBOTConfig
+from triptych.methods.moby import MoBYConfig
+from triptych.methods.mocov3 import MoCoV3Config
+from triptych.methods.mte import BASES, MTE, BaseConfig, MTEConfig
+from triptych.methods.simclr import SimCLRConfig
+from triptych.methods.supervised import Supervised, SupervisedConfig
+from triptych.methods.swav import SwAVConfig
+from triptych.methods.udi import UDIConfig
 
-MethodConfig = Annotated[DINOConfig | UDIConfig, Field(discriminator="name")]
-METHODS: dict[type, type[Method]] = {DINOConfig: DINO, UDIConfig: UDI}
+MethodConfig = Annotated[BaseConfig | MTEConfig | SupervisedConfig, Field(discriminator="name")]
+METHODS: dict[type, type[Method]] = {**BASES, MTEConfig: MTE, SupervisedConfig: Supervised}
 
-__all__ = ["METHODS", "Method", "MethodConfig", "build"]
+__all__ = [
+    "BASES",
+    "METHODS",
+    "BYOLConfig",
+    "DINOConfig",
+    "HSSLConfig",
+    "MTEConfig",
+    "Method",
+    "MethodConfig",
+    "MoBYConfig",
+    "MoCoV3Config",
+    "SimCLRConfig",
+    "SupervisedConfig",
+    "SwAVConfig",
+    "UDIConfig",
+    "build",
+    "iBOTConfig",
+]
 
 
-def build(encoder: Encoder, config: DINOConfig | UDIConfig) -> Method:
-    """The method that `config` describes, around an encoder built with METHODS[type(config)].tokens."""
+def build(encoder: Encoder, config: MethodConfig) -> Method:
+    """The method that `config` describes, around an encoder built with its `token_spec(config)`."""
     return METHODS[type(config)](encoder, config)  # type: ignore[call-arg]

@@ -2,8 +2,9 @@
 
 import copy
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from timm.layers import DropPath
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from triptych.data.views import View, Views, ViewSpec
 from triptych.distributed import all_mean
 from triptych.encoders.base import Encoder
-from triptych.heads import Prototypes
+from triptych.heads import MLP
 from triptych.schedules import Progress
 from triptych.tokens import Tokens, TokenSpec
 
@@ -39,7 +40,12 @@ class Method(nn.Module, ABC):
     update is the only place where state moves that the optimiser does not move: centres, queues, the teacher.
     """
 
-    tokens: ClassVar[TokenSpec]  # what it asks of the encoder
+    own_aux: ClassVar[int] = 0  # see Siamese
+
+    @staticmethod
+    def token_spec(config: Any) -> TokenSpec:
+        """What the method asks of the encoder."""
+        return TokenSpec()
 
     @staticmethod
     def view_spec(config: Any) -> ViewSpec:
@@ -69,43 +75,79 @@ class Tower(nn.Module):
     """One branch: encoder, projector, and whatever else must be averaged with them."""
 
     encoder: Encoder
-    prototypes: Prototypes  # of methods that have some
+    prototypes: Any  # of methods that have some
+    projector: MLP
     srs: Any  # UDI's
 
-    def __init__(self, encoder: Encoder, projector: nn.Module, **more: nn.Module):
+    def __init__(self, encoder: Encoder, projector: MLP, **more: nn.Module):
         super().__init__()
         self.encoder, self.projector = encoder, projector
         for name, module in more.items():
             self.add_module(name, module)
 
-    def encode(self, views: list[View]) -> list[Tokens]:
-        """One Tokens per view; views of one size share an encoder call."""
+    def encode(self, views: list[View], *, masked: bool = False) -> list[Tokens]:
+        """One Tokens per view; views of one size share an encoder call.  masked: with each view's mask, if it has one."""
+        kinds = [(v.images.shape[-2:], masked and v.mask is not None) for v in views]
         out: dict[int, Tokens] = {}
-        for size in dict.fromkeys(v.images.shape[-2:] for v in views):
-            at = [i for i, v in enumerate(views) if v.images.shape[-2:] == size]
-            tokens = self.encoder(torch.cat([views[i].images for i in at]))
+        for kind in dict.fromkeys(kinds):
+            at = [i for i, k in enumerate(kinds) if k == kind]
+            mask = torch.cat([cast(Tensor, views[i].mask) for i in at]) if kind[1] else None
+            tokens = self.encoder(torch.cat([views[i].images for i in at]), mask)
             out.update(zip(at, tokens.chunk(len(at)), strict=True))
         return [out[i] for i in range(len(views))]
 
     def project(self, tokens: list[Tokens]) -> Tensor:
-        """(V, B, P): the projected global token of every view (one call per view: BatchNorm sees one view)."""
-        return torch.stack([self.projector(x.global_token) for x in tokens])
+        """(V, B, P): the projected global token of every view."""
+        return per_view(self.projector, [x.global_token for x in tokens])
+
+
+def unmasked(views: list[View]) -> list[View]:
+    """The views with nothing hidden."""
+    return [replace(v, mask=None if v.mask is None else torch.zeros_like(v.mask)) for v in views]
+
+
+def per_view(head: nn.Module, inputs: Iterable[Tensor]) -> Tensor:
+    """(B, D) of each view -> (V, B, P), one call per view: BatchNorm's statistics are those of one view."""
+    return torch.stack([head(x) for x in inputs])
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @runtime_checkable
 class Siamese(Protocol):
-    """What MTE needs of a base: two towers, the loss between their global tokens, and its other losses."""
+    """What MTE needs of a base: two towers, the loss between their global tokens, and its other losses.
 
-    student: Tower
-    teacher: Tower
+    A method without a teacher is its own: `teacher is student`.
+    """
 
-    def encode(self, views: Views) -> tuple[list[Tokens], list[Tokens]]: ...
-    def global_loss(self, z_s: Tensor, z_t: Tensor, t: Progress) -> Step: ...
-    def other_losses(self, S: list[Tokens], T: list[Tokens], views: Views, t: Progress) -> Step: ...
+    @property
+    def student(self) -> Tower: ...
+    @property
+    def teacher(self) -> Tower: ...
+    @property
+    def predictor(self) -> nn.Module:
+        """Between the student's embedding and the loss; the identity where there is none."""
+        ...
+
+    @property
+    def own_aux(self) -> int:
+        """Auxiliary tokens that its `encode` adds to Tokens.aux by itself (HSSL's head)."""
+        ...
+
+    def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]: ...
+    def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
+        """q_s (Vs, B, P) after the predictor, z_t (Vt, B, P): the paper's L(.,.), weighted as in the method's total."""
+        ...
+
+    def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor, views: Views, t: Progress) -> Step:
+        """Everything else; z_t (Vt, B, P) is the teacher's image-level target."""
+        ...
+
     def momentum(self, t: Progress) -> float: ...
 
 
-def ema_copy(student: Tower) -> Tower:
+def ema_copy(student: M) -> M:
     """The teacher: a frozen copy without stochastic depth, left in train mode (BatchNorm heads use batch statistics).
 
     Frozen parameters need no no_grad blocks: what the teacher computes carries no graph.

@@ -12,15 +12,15 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from triptych.data.views import Views
 from triptych.encoders.base import Encoder
-from triptych.heads import Prototypes, mlp
+from triptych.heads import MLP, Prototypes
 from triptych.losses import other_views, prototype_cross_entropy, teacher_probabilities, unit
 from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_copy, ema_update
 from triptych.schedules import Progress, cosine, epoch_warmup
-from triptych.tokens import Tokens, TokenSpec
+from triptych.tokens import Tokens
 
 
 class DINOConfig(BaseModel):
@@ -41,7 +41,6 @@ class DINOConfig(BaseModel):
 
 
 class DINO(Method):
-    tokens = TokenSpec(cls=1)
     center: Tensor
 
     def __init__(self, encoder: Encoder, config: DINOConfig):
@@ -49,10 +48,11 @@ class DINO(Method):
         self.config = c = config
         self.student = Tower(
             encoder,
-            projector=mlp(encoder.width, c.hidden, c.hidden, c.embedding),
+            projector=MLP(encoder.width, c.hidden, c.hidden, c.embedding),
             prototypes=Prototypes(c.embedding, c.prototypes, train_gain=not c.norm_last_layer),
         )
         self.teacher = ema_copy(self.student)
+        self.predictor = nn.Identity()
         self.register_buffer("center", torch.zeros(c.prototypes))  # c
         self.teacher_temp = epoch_warmup(c.teacher_temp_start, c.teacher_temp, c.teacher_temp_warmup)
         self.momentum = cosine(c.teacher_momentum, 1.0)
@@ -62,16 +62,16 @@ class DINO(Method):
         return self.teacher.encoder
 
     def forward(self, views: Views, t: Progress) -> Step:
-        S, T = self.encode(views)
+        S, T = self.encode(views, t)
         return self.global_loss(self.student.project(S), self.teacher.project(T), t)
 
-    def encode(self, views: Views) -> tuple[list[Tokens], list[Tokens]]:
+    def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
         """The student sees every crop, the teacher the global ones."""
         return self.student.encode(views.all), self.teacher.encode(views.global_crops)
 
-    def global_loss(self, z_s: Tensor, z_t: Tensor, t: Progress) -> Step:
-        """z_s (Vs, B, P), z_t (Vt, B, P) -> Step.  Teacher view v and student view v are the same crop."""
-        u_s, u_t = unit(z_s), unit(z_t)
+    def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
+        """q_s (Vs, B, P), z_t (Vt, B, P) -> Step.  Teacher view v and student view v are the same crop."""
+        u_s, u_t = unit(q_s), unit(z_t)
         w_s, w_t = self.student.prototypes.weight, self.teacher.prototypes.weight
         loss = prototype_cross_entropy(  # (1), (3)
             u_s,
@@ -86,7 +86,7 @@ class DINO(Method):
         # g_t is linear in the embedding, so its mean is the prototypes' product with the mean embedding.
         return Step(loss, {"dino": loss}, carry={"u_t": u_t.mean((0, 1))})
 
-    def other_losses(self, S: list[Tokens], T: list[Tokens], views: Views, t: Progress) -> Step:
+    def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor, views: Views, t: Progress) -> Step:
         return Step(0.0, {})
 
     def after_backward(self, t: Progress) -> None:

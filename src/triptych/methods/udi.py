@@ -21,7 +21,7 @@ from triptych.data.views import View, Views, ViewSpec, between
 from triptych.distributed import all_mean
 from triptych.encoders.base import Encoder
 from triptych.encoders.vit import attention
-from triptych.heads import Prototypes, init_linear, mlp
+from triptych.heads import MLP, Prototypes, init_linear
 from triptych.losses import other_views, prototype_cross_entropy, teacher_probabilities, unit
 from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_copy, ema_update
 from triptych.schedules import Progress, cosine, epoch_warmup
@@ -79,8 +79,11 @@ class SRS(nn.Module):
 
 
 class UDI(Method):
-    tokens = TokenSpec(cls=1, cls_plus=1)
     center: Tensor
+
+    @staticmethod
+    def token_spec(config: UDIConfig) -> TokenSpec:
+        return TokenSpec(cls_plus=1)
 
     @staticmethod
     def view_spec(config: UDIConfig) -> ViewSpec:
@@ -91,11 +94,12 @@ class UDI(Method):
         self.config = c = config
         self.student = Tower(
             encoder,
-            projector=mlp(encoder.width, c.hidden, c.hidden, c.embedding),
+            projector=MLP(encoder.width, c.hidden, c.hidden, c.embedding),
             prototypes=Prototypes(c.embedding, c.prototypes, train_gain=not c.norm_last_layer),
             srs=SRS(encoder.width, c.srs_heads or encoder.heads),
         )
         self.teacher = ema_copy(self.student)
+        self.predictor = nn.Identity()
         self.register_buffer("center", torch.zeros(3, c.prototypes))  # c: class, class+ (blend "logits"), patch
         self.teacher_temp = epoch_warmup(c.teacher_temp_start, c.teacher_temp, c.teacher_temp_warmup)
         self.momentum = cosine(c.teacher_momentum, 1.0)
@@ -105,24 +109,24 @@ class UDI(Method):
         return self.teacher.encoder
 
     def forward(self, views: Views, t: Progress) -> Step:
-        S, T = self.encode(views)
-        image = self.global_loss(self.student.project(S), self.teacher.project(T), t)
-        return image + self.other_losses(S, T, views, t)
+        S, T = self.encode(views, t)
+        z_t = self.teacher.project(T)
+        return self.global_loss(self.student.project(S), z_t, t) + self.other_losses(S, T, z_t, views, t)
 
-    def encode(self, views: Views) -> tuple[list[Tokens], list[Tokens]]:
+    def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
         """The student sees every crop, the teacher the global ones, once."""
         return self.student.encode(views.all), self.teacher.encode(views.global_crops)
 
-    def global_loss(self, z_s: Tensor, z_t: Tensor, t: Progress) -> Step:
-        """DINO's loss on class tokens.  z_s (Vs, B, P), z_t (Vt, B, P); teacher and student view v are one crop."""
-        u_s, u_t = unit(z_s), unit(z_t)
+    def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
+        """DINO's loss on class tokens.  q_s (Vs, B, P), z_t (Vt, B, P); teacher and student view v are one crop."""
+        u_s, u_t = unit(q_s), unit(z_t)
         weight = other_views(len(u_t), len(u_s), u_s.shape[1], like=u_s)
         loss = self._cross_entropy(u_s, u_t, CLASS, weight, t)
         return Step(self.config.weights[0] * loss, {"class": loss}, {"class": u_t.mean((0, 1))})
 
-    def other_losses(self, S: list[Tokens], T: list[Tokens], views: Views, t: Progress) -> Step:
+    def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor, views: Views, t: Progress) -> Step:
         """class+ and patches: per level (global, local) over all pairs of a student view and another teacher view."""
-        u_cls, seen = unit(self.teacher.project(T)), self.patches_seen(S, T, views)
+        u_cls, seen = unit(z_t), self.patches_seen(S, T, views)
         plus, patch, blends, places = [], [], [], []
         for students in (range(len(T)), range(len(T), len(S))):
             pairs = [(s, v) for s in students for v in range(len(T)) if v != s]

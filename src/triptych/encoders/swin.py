@@ -1,0 +1,339 @@
+"""A timm Swin transformer: windows of tokens that shift from block to block, four tokens merged between stages.
+
+timm supplies the architecture and the names of the weights; the forward pass is ours, so that one encoder serves crops
+of any size, puts a mask token in the place of hidden patches and gives the tokens of any block.
+
+A block keeps the window and the shift that its native size gave it, at every size, as iBOT's Swin does: its bias table
+has that window's size.  Where windows do not tile a grid, zeros are added below and to the right after the first norm;
+then comes the shift; the zeros take part in attention.  So says iBOT's code.  (timm shifts first and pads then, but
+masks as if it had padded first; that differs only at such grids, and an encoder's native size never has one.)
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Literal, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from timm.layers import PatchEmbed
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage, WindowAttention
+from torch import Tensor, nn
+
+from triptych.encoders.base import Encoder
+from triptych.errors import UserError, nearest
+from triptych.heads import init_linear
+from triptych.tokens import Tokens, TokenSpec
+
+Pair = tuple[int, int]
+
+
+class SwinConfig(BaseModel):
+    """Any Swin (not V2) by timm's name, optionally at another size.  None = what the architecture says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["swin"] = "swin"
+    arch: str = "swin_tiny_patch4_window7_224"  # timm's name
+    image_size: int | tuple[int, int] | None = None  # pixels; with window_size it fixes each block's window and shift
+    patch_size: int | None = Field(default=None, ge=1)  # pixels of the first tokens; every later stage doubles them
+    window_size: int | None = Field(default=None, ge=1)  # tokens per side; a stage with fewer is one window
+    width: int | None = Field(default=None, ge=1)  # of the first stage; every later stage doubles it
+    depths: tuple[int, ...] | None = None  # blocks of each stage
+    heads: tuple[int, ...] | None = None  # of each stage
+    drop_path: float = Field(default=0.0, ge=0, lt=1)  # stochastic depth of the last block; linear from 0; student only
+    norm_eps: float = Field(default=1e-5, gt=0)  # ε of every layer norm: 1e-5 Swin and MoBY, 1e-6 iBOT
+    init: Literal["dino", "xavier"] = "dino"  # linear weights: σ 0.02, which suits widths from 384; or Xavier-uniform
+    weights: str | None = None  # file to start from: a timm, official Swin, MoBY, iBOT or Triptych state dict
+
+
+class Swin(Encoder):
+    """images (B, 3, H, W) -> Tokens without class token.  H and W are any multiples of `patch_size`.
+
+    Patches are embedded at patch_size / 2^(stages - 1) pixels; D, N and the grid are those of the last stage.
+    """
+
+    aux_tokens = None
+
+    def __init__(self, swin: SwinTransformer, spec: TokenSpec):
+        super().__init__()
+        _check_swin(swin)
+        _check_spec(spec)
+        self.swin, self.spec = swin, spec
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, swin.embed_dim)) if spec.mask else None
+
+    @property
+    def trunk(self) -> SwinTransformer:
+        return self.swin
+
+    @property
+    def stages(self) -> list[SwinTransformerStage]:
+        return _stages(self.swin)
+
+    @property
+    def width(self) -> int:
+        return self.swin.num_features
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks, over all stages."""
+        return sum(len(stage.blocks) for stage in self.stages)
+
+    @property
+    def heads(self) -> int:
+        return _attn(_blocks(self.stages[-1])[-1]).num_heads
+
+    @property
+    def patch_size(self) -> int:
+        return patch_embed(self.swin).patch_size[0] * self._ratio
+
+    @property
+    def native_size(self) -> Pair:
+        return cast(Pair, patch_embed(self.swin).img_size)
+
+    @property
+    def norm_eps(self) -> float:
+        return cast(nn.LayerNorm, self.swin.norm).eps
+
+    @property
+    def positions(self) -> str:
+        """What, beside weights and heads, decides the tokens of an image: part of the key of cached features."""
+        blocks = [(b.window_size, b.shift_size) for stage in self.stages for b in _blocks(stage)]
+        return f"windows and shifts {blocks}, norm eps {self.norm_eps}"
+
+    @property
+    def _ratio(self) -> int:
+        """Embedded patches per side of a final token."""
+        return 2 ** (len(self.stages) - 1)
+
+    def layers(
+        self, images: Tensor, blocks: Sequence[int], mask: Tensor | None = None, keep: Tensor | None = None
+    ) -> list[Tokens]:
+        """The tokens after each of the given blocks (0-based, negative from the end), on the grid of its stage.
+
+        The final norm has the last stage's width: blocks of earlier stages give patch = patch_raw, as in iBOT.
+        """
+        if keep is not None:
+            raise UserError("a Swin cannot leave out patches, its windows need whole grids: use a ViT, or mask instead")
+        wanted = [b % self.depth for b in blocks]
+        x = self._embed(images, mask)
+        taps = {}
+        for i, (block, merge, is_last_stage) in enumerate(self._schedule()):
+            x = run_block(block, x if merge is None else merge(x))
+            if i in wanted:
+                raw = x.flatten(1, 2)
+                patch = self.swin.norm(raw) if is_last_stage else raw
+                taps[i] = Tokens(patch=patch, patch_raw=raw, grid=(x.shape[1], x.shape[2]))
+            if i == max(wanted):
+                break
+        return [taps[b] for b in wanted]
+
+    def timm_arguments(self) -> tuple[str, dict]:
+        first = _blocks(self.stages[0])[0]
+        windows = [list(_blocks(stage)[0].window_size) for stage in self.stages]
+        arguments = {
+            "img_size": list(self.native_size),
+            "patch_size": patch_embed(self.swin).patch_size[0],
+            "embed_dim": self.swin.embed_dim,
+            "depths": [len(stage.blocks) for stage in self.stages],
+            "num_heads": [_attn(_blocks(stage)[0]).num_heads for stage in self.stages],
+            "window_size": windows[0] if all(w == windows[0] for w in windows) else windows,
+            "always_partition": first.always_partition,
+            "mlp_ratio": cast(nn.Linear, first.mlp.fc1).out_features / self.swin.embed_dim,
+            "qkv_bias": _attn(first).qkv.bias is not None,
+            "strict_img_size": False,  # images of other sizes too
+        }
+        # Any Swin's name will do: the arguments say all that differs.
+        return "swin_tiny_patch4_window7_224", arguments
+
+    def as_timm(self, tokens: Tokens) -> Tensor:
+        """(B, rows, columns, D)"""
+        assert tokens.grid is not None
+        return tokens.patch.unflatten(1, tokens.grid)
+
+    def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """-> (B, rows, columns, C) of the first stage; mask (B, N) is of the final grid."""
+        rows, columns = self.grid(*images.shape[-2:])
+        embed = patch_embed(self.swin)
+        x = embed.norm(embed.proj(images).permute(0, 2, 3, 1))
+        if mask is not None:
+            assert self.mask_token is not None, "this encoder was built without a mask token"
+            fine = mask.unflatten(1, (rows, columns))
+            fine = fine.repeat_interleave(self._ratio, 1).repeat_interleave(self._ratio, 2)
+            x = torch.where(fine[..., None], self.mask_token.to(x.dtype), x)
+        return x
+
+    def _schedule(self) -> Iterator[tuple[SwinTransformerBlock, nn.Module | None, bool]]:
+        """Every block in order, with the merging before it (at the start of all stages but the first)."""
+        for s, stage in enumerate(self.stages):
+            for j, block in enumerate(_blocks(stage)):
+                yield block, stage.downsample if s and not j else None, s == len(self.stages) - 1
+
+
+def patch_embed(swin: SwinTransformer) -> PatchEmbed:
+    return cast(PatchEmbed, swin.patch_embed)
+
+
+def _stages(swin: SwinTransformer) -> list[SwinTransformerStage]:
+    return cast(list[SwinTransformerStage], list(swin.layers))
+
+
+def _blocks(stage: SwinTransformerStage) -> list[SwinTransformerBlock]:
+    return cast(list[SwinTransformerBlock], list(stage.blocks))  # `_check_swin` made sure
+
+
+def _attn(block: SwinTransformerBlock) -> WindowAttention:
+    """A block's attention, which timm types as any module."""
+    return cast(WindowAttention, block.attn)
+
+
+def run_block(block: SwinTransformerBlock, x: Tensor) -> Tensor:
+    """One pre-norm block with attention in (shifted) windows.  (B, H, W, C) -> (B, H, W, C)"""
+    (h, w), (down, right) = block.window_size, block.shift_size
+    rows, columns = x.shape[1:3]
+    y = F.pad(block.norm1(x), (0, 0, 0, -columns % w, 0, -rows % h))
+    grid, mask = (y.shape[1], y.shape[2]), None
+    if down or right:
+        y = y.roll((-down, -right), (1, 2))
+        mask = shift_mask(grid, (h, w), (down, right), y.device)
+    y = join_windows(attend(_attn(block), split_windows(y, (h, w)), mask), (h, w), grid)
+    if down or right:
+        y = y.roll((down, right), (1, 2))
+    x = x + block.drop_path1(y[:, :rows, :columns])
+    return x + block.drop_path2(block.mlp(block.norm2(x)))
+
+
+def attend(attn: WindowAttention, x: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ/√d + bias + mask) v in each window.  (B·windows, T, C), mask (windows, T, T) -> (B·windows, T, C)"""
+    q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = (q * attn.scale) @ k.transpose(-2, -1) + relative_bias(attn)  # (B·windows, heads, T, T)
+    if mask is not None:
+        scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None].to(scores.dtype)).flatten(0, 1)
+    y = attn.attn_drop(scores.softmax(-1)) @ v
+    return attn.proj_drop(attn.proj(y.transpose(1, 2).flatten(2)))
+
+
+def relative_bias(attn: WindowAttention) -> Tensor:
+    """(heads, T, T): the table's entry for every offset between two tokens of a window."""
+    index = cast(Tensor, attn.relative_position_index)  # (T, T), a buffer of timm's
+    return attn.relative_position_bias_table[index].permute(2, 0, 1)
+
+
+def split_windows(x: Tensor, window: Pair) -> Tensor:
+    """(B, H, W, C) -> (B·windows, h·w, C), windows and the tokens in them row by row."""
+    h, w = window
+    x = x.unflatten(2, (-1, w)).unflatten(1, (-1, h))  # (B, H/h, h, W/w, w, C)
+    return x.transpose(2, 3).reshape(-1, h * w, x.shape[-1])
+
+
+def join_windows(x: Tensor, window: Pair, grid: Pair) -> Tensor:
+    """(B·windows, h·w, C) -> (B, H, W, C), the inverse of `split_windows`."""
+    (h, w), (rows, columns) = window, grid
+    x = x.reshape(-1, rows // h, columns // w, h, w, x.shape[-1])
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+@lru_cache(maxsize=64)
+def shift_mask(grid: Pair, window: Pair, shift: Pair, device: torch.device) -> Tensor:
+    """(windows, T, T) float32: -100, Swin's minus infinity, between tokens that only the cyclic shift made neighbours.
+
+    After a shift by s, the last s rows (columns) of the grid came from the opposite edge.
+    """
+    with torch.inference_mode(False):  # the cached tensor must serve training too
+        wrapped = [torch.arange(n, device=device) >= n - s for n, s in zip(grid, shift, strict=True)]
+        region = 2 * wrapped[0][:, None].long() + wrapped[1]  # (H, W)
+        region = split_windows(region[None, :, :, None], window)[..., 0]  # (windows, T)
+        return torch.where(region[:, :, None] == region[:, None], 0.0, -100.0)
+
+
+def _check_swin(swin: nn.Module) -> None:
+    """A SwinTransformer whose own windows tile the grids of its native size."""
+    if type(swin) is not SwinTransformer or not all(
+        isinstance(m, SwinTransformerStage) and all(type(b) is SwinTransformerBlock for b in _blocks(m))
+        for m in _stages(swin)
+    ):
+        raise UserError(f"{type(swin).__name__} is not a Swin (the first version): use a timm SwinTransformer")
+    embed, stages = patch_embed(swin), _stages(swin)
+    size, (rows, columns), n = cast(Pair, embed.img_size), cast(Pair, embed.grid_size), len(stages)
+    if rows % 2 ** (n - 1) or columns % 2 ** (n - 1):
+        multiple = embed.patch_size[0] * 2 ** (n - 1)
+        raise UserError(f"--encoder.image_size {size[0]}x{size[1]}: a Swin of {n} stages needs multiples of {multiple}")
+    grids = [(rows >> i, columns >> i) for i in range(n)]
+    for grid, stage in zip(grids, stages, strict=True):
+        block = _blocks(stage)[0]
+        if _attn(block).qkv.out_features != 3 * block.dim:
+            raise UserError(f"--encoder.heads: {_attn(block).num_heads} does not divide a stage's width of {block.dim}")
+        if grid[0] % block.window_size[0] or grid[1] % block.window_size[1]:
+            tile = [w for w in range(2, 33) if all(side <= w or side % w == 0 for g in grids for side in g)]
+            window = f"--encoder.window_size {' or '.join(map(str, tile))}, or " if tile else ""
+            raise UserError(
+                f"a Swin built for {size[0]}x{size[1]} px has a stage of {grid[0]}x{grid[1]} tokens, which windows of "
+                f"{block.window_size[0]} do not tile: choose {window}another --encoder.image_size to build it for "
+                f"(crops may have any size)"
+            )
+
+
+def _check_spec(spec: TokenSpec) -> None:
+    if spec.aux:
+        raise UserError(
+            f"a Swin has no sequence to put {spec.aux} auxiliary class tokens in: set --method.aux 0, or use a ViT "
+            f"(--encoder.name vit)"
+        )
+    if spec.cls_plus or spec.register:
+        what = "class+ token, which UDI needs" if spec.cls_plus else "registers"
+        raise UserError(f"a Swin has no sequence to put tokens in, so it has no {what}: use a ViT (--encoder.name vit)")
+    assert not spec.cls, "a Swin has no class token"
+
+
+def set_norm_eps(swin: SwinTransformer, eps: float) -> None:
+    """ε of every layer norm, which timm offers no argument for that a file could hold."""
+    for module in swin.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
+
+
+def init_encoder(encoder: Swin, init: Literal["dino", "xavier"] = "dino") -> None:
+    """Linear weights and bias tables truncated-normal σ 0.02, biases 0, norms 1 and 0.
+
+    The patch projection keeps PyTorch's default.  "xavier": the linear weights Xavier-uniform instead.
+    """
+    swin = encoder.swin
+    init_linear(swin.layers)
+    for module in swin.layers.modules():
+        if isinstance(module, nn.Linear) and init == "xavier":
+            nn.init.xavier_uniform_(module.weight)
+        if isinstance(module, WindowAttention):
+            nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+    cast(nn.Conv2d, patch_embed(swin).proj).reset_parameters()
+
+
+def build(config: SwinConfig, spec: TokenSpec, image_size: int | None = None) -> Swin:
+    """A freshly initialised encoder (config.weights is loaded by `encoders.load`).
+
+    image_size (pixels) is the native size where the config leaves it open: the size of the global crops.
+    """
+    names = timm.list_models(module="swin_transformer")
+    if config.arch not in names:
+        raise UserError(f"timm has no Swin {config.arch!r}{nearest(config.arch, names)}")
+    spec = TokenSpec(**{**vars(spec), "cls": 0})
+    _check_spec(spec)
+    given = {
+        "img_size": config.image_size or image_size,
+        "patch_size": config.patch_size,
+        "window_size": config.window_size,
+        "embed_dim": config.width,
+        "depths": config.depths,
+        "num_heads": config.heads,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    try:
+        swin = timm.create_model(
+            config.arch, pretrained=False, num_classes=0, drop_path_rate=config.drop_path, **options
+        )
+    except (TypeError, AssertionError, IndexError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"timm cannot build {config.arch} with {options}: {error}") from error
+    set_norm_eps(cast(SwinTransformer, swin), config.norm_eps)
+    encoder = Swin(swin, spec)  # type: ignore[arg-type]
+    init_encoder(encoder, config.init)
+    return encoder

@@ -1,0 +1,198 @@
+"""What several tokens of the same images know, alone and in pairs: the analyses of the MTE paper (Li et al. 2024).
+
+Shapes: M tokens, N train and n test images, D features, P embedding, K prototypes, C classes.  Accuracies in percent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+
+import torch
+from torch import Tensor
+
+from triptych.errors import UserError
+from triptych.evals.knn import check_sets, knn_votes
+from triptych.losses import full_precision, unit
+
+Table = list[list[float | None]]
+"""Rows of numbers; None where there is nothing to measure."""
+
+COLUMNS = ("token", "k-NN", "best pair", "pairs", "CKA with others", "NMI", "NMI of pairs")
+
+
+@dataclass(frozen=True)
+class TokenAnalysis:
+    """Tables of M tokens in the order of `names`; off the diagonal of `pairs`, `cka` and `nmi` stand pairs."""
+
+    names: list[str]
+    k: int
+    knn: list[float]  # (M,) top-1 of each token
+    per_class: Table  # (M, C) its accuracy on each class; None where no test image has the class
+    pairs: Table  # (M, M) top-1 of two tokens side by side; the diagonal is knn
+    cka: Table  # (M, M) similarity of what two tokens know, 0 to 1; None for a token that is the same for all images
+    nmi: Table | None  # (M, M) agreement of pseudo-labels with the classes, 0 to 1; None without prototypes
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """One row of text per token, under COLUMNS: means over the other tokens, and the best partner."""
+        rows = []
+        for i, name in enumerate(self.names):
+            pairs, cka = _others(self.pairs, i), _others(self.cka, i)
+            partner = max(pairs, key=lambda j: pairs[j], default=None)
+            best = "" if partner is None else f"{pairs[partner]:.2f} with {self.names[partner]}"
+            own, nmi = ("", {}) if self.nmi is None else (f"{self.nmi[i][i]:.3f}", _others(self.nmi, i))
+            rows.append((name, f"{self.knn[i]:.2f}", best, _mean(pairs, 2), _mean(cka, 3), own, _mean(nmi, 3)))
+        return rows
+
+
+@torch.no_grad()
+def analyse(
+    names: Sequence[str],
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    *,
+    embeddings: Tensor | None = None,
+    prototypes: Tensor | None = None,
+    k: int = 10,
+) -> TokenAnalysis:
+    """All analyses of train (M, N, D) and test (M, n, D); CKA is that of the test images.
+
+    NMI needs the test images' embeddings (M, n, P), after each token's own projector, and the prototypes (K, P) with
+    which the method compares them (`Prototypes.weight`).  Raises UserError for shapes that do not fit, and as `knn`.
+    """
+    _check(names, train, test, embeddings, prototypes)
+    classes = check_sets(train[0], train_labels, test[0], test_labels)
+    predictions = knn_single_and_pairs(train, train_labels, test, k=k)
+    labels = test_labels.to(predictions.device)
+    pairs = 100 * (predictions == labels).double().mean(-1)
+    each = [per_class_accuracy(predictions[m, m], labels, classes) for m in range(len(names))]
+    nmis = None
+    if embeddings is not None and prototypes is not None:
+        nmis = _table(nmi_single_and_pairs(embeddings, prototypes, test_labels))
+    return TokenAnalysis(
+        names=list(names),
+        k=k,
+        knn=pairs.diagonal().tolist(),
+        per_class=_table(torch.stack(each)),
+        pairs=_table(pairs),
+        cka=_table(cka_matrix(test)),
+        nmi=nmis,
+    )
+
+
+def linear_cka(x: Tensor, y: Tensor, unbiased: bool = False) -> float:
+    """Linear centred kernel alignment (Kornblith et al. 2019) of x (N, D) and y (N, E); see `cka_matrix`."""
+    return float(cka_matrix([x, y], unbiased)[0, 1])
+
+
+@torch.no_grad()
+def cka_matrix(tokens: Tensor | Sequence[Tensor], unbiased: bool = False) -> Tensor:
+    """(M, N, D), or M tensors (N, D_m) -> (M, M) float64: |XᵀY|² / (|XᵀX| |YᵀY|) of centred features.
+
+    It does not see rotations, scales and offsets of the features.  Near 1 when N is not much larger than D, whatever
+    the tokens hold: `unbiased` (Song et al. 2012), which needs N >= 4, has expectation near 0 for unrelated tokens.
+    NaN for a token that is the same for all images.
+    """
+    # What all images share is taken off by way of one of them: equal rows become exact zeros, not rounding errors.
+    shifted = [x.double() - x[:1].double() for x in tokens]
+    centred = [x - x.mean(0) for x in shifted]
+    h = centred[0].new_empty(len(centred), len(centred))
+    for i, j in combinations_with_replacement(range(len(centred)), 2):
+        h[i, j] = h[j, i] = _hsic(centred[i], centred[j], unbiased)
+    size = h.diagonal().sqrt()
+    return h / (size[:, None] * size)
+
+
+def _hsic(x: Tensor, y: Tensor, unbiased: bool) -> Tensor:
+    """Hilbert-Schmidt independence criterion of centred x (N, D), y (N, E), up to a factor that CKA cancels."""
+    n, width = len(x), max(x.shape[1], y.shape[1])
+    # Σ_ij (x_i·x_j)(y_i·y_j) = |XᵀY|²: of the two ways the one with the smaller matrix.
+    total = (x.T @ y).square().sum() if n > width else ((x @ x.T) * (y @ y.T)).sum()
+    if not unbiased:
+        return total
+    # Song et al., equation 5, on Gram matrices whose diagonals a, b are removed.  Rows of a centred Gram matrix sum to
+    # 0, so those of the hollow ones sum to −a and −b, and no N x N matrix is needed.
+    a, b = x.square().sum(1), y.square().sum(1)
+    return total - a @ b + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a @ b)
+
+
+@torch.no_grad()
+def knn_single_and_pairs(
+    train: Tensor, train_labels: Tensor, test: Tensor, *, k: int = 10, temperature: float = 0.07
+) -> Tensor:
+    """Classes that `knn` gives to the test images: train (M, N, D), test (M, n, D) -> (M, M, n) int64.
+
+    [i, i]: from token i; [i, j]: from i and j side by side, each of unit length.  M (M + 1) / 2 searches.
+    """
+    out = torch.empty(len(test), *test.shape[:2], dtype=torch.int64, device=test.device)
+    for i, j in combinations_with_replacement(range(len(test)), 2):
+        bank, asked = (x[i] if i == j else torch.cat([unit(x[i]), unit(x[j])], dim=1) for x in (train, test))
+        votes = knn_votes(bank, train_labels, asked, k=k, temperature=temperature)
+        out[i, j] = out[j, i] = votes.argmax(1)  # the first of equals, as `knn`
+    return out
+
+
+def per_class_accuracy(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Percent of each class's images that are given it: (n,), (n,) -> (C,) float64, NaN for a class without any."""
+    right = (predictions == labels).double()
+    return 100 * torch.bincount(labels, right, classes) / torch.bincount(labels, minlength=classes)
+
+
+@torch.no_grad()
+def pseudo_labels(z: Tensor, prototypes: Tensor, rows: int = 1024) -> Tensor:
+    """The nearest prototype of each embedding: z (N, P), prototypes (K, P) -> (N,) int64.
+
+    The embeddings are put to unit length, as the methods do; the prototypes are used as they come
+    (`Prototypes.weight`: of unit length, unless their gain was trained).  `rows` at a time: (N, K) may be large.
+    """
+    return torch.cat([(unit(part) @ full_precision(prototypes).T).argmax(1) for part in z.split(rows)])
+
+
+def nmi(labels: Tensor, clusters: Tensor) -> float:
+    """Normalised mutual information, 0 to 1: 2 I(a, b) / (H(a) + H(b)) of two labellings (n,) of the same images."""
+    from sklearn.metrics import normalized_mutual_info_score  # takes a second to import
+
+    return float(normalized_mutual_info_score(labels.cpu().numpy(), clusters.cpu().numpy()))
+
+
+def nmi_single_and_pairs(z: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+    """NMI of classes and pseudo-labels: z (M, n, P), prototypes (K, P), labels (n,) -> (M, M) float64.
+
+    [i, i]: pseudo-labels of token i; [i, j]: of the mean of i's and j's embeddings.  As MTE fuses its tokens, they are
+    combined after the projectors and before unit length.
+    """
+    out = torch.empty(len(z), len(z), dtype=torch.float64)
+    for i, j in combinations_with_replacement(range(len(z)), 2):
+        out[i, j] = out[j, i] = nmi(labels, pseudo_labels((z[i] + z[j]) / 2, prototypes))
+    return out
+
+
+def _check(names: Sequence[str], train: Tensor, test: Tensor, z: Tensor | None, prototypes: Tensor | None) -> None:
+    if train.ndim != 3 or test.ndim != 3 or not len(names) == len(train) == len(test) > 0:
+        raise UserError(
+            f"train features have shape {tuple(train.shape)}, test features {tuple(test.shape)}; "
+            f"give (tokens, images, width) of both, with one name for each token (given: {len(names)})"
+        )
+    if (z is None) != (prototypes is None):
+        raise UserError("embeddings and prototypes go together: give both, or neither to leave out NMI")
+    if z is None or prototypes is None:
+        return
+    if z.ndim != 3 or z.shape[:2] != test.shape[:2] or prototypes.shape[1:] != z.shape[2:]:
+        raise UserError(
+            f"embeddings have shape {tuple(z.shape)}, prototypes {tuple(prototypes.shape)}; give "
+            f"{(*test.shape[:2], 'P')} for the tokens and images of the test features, and (K, P)"
+        )
+
+
+def _table(x: Tensor) -> Table:
+    return [[None if value != value else value for value in row] for row in x.tolist()]
+
+
+def _others(table: Table, i: int) -> dict[int, float]:
+    """Row i without its diagonal and without what is missing."""
+    return {j: value for j, value in enumerate(table[i]) if j != i and value is not None}
+
+
+def _mean(values: dict[int, float], digits: int) -> str:
+    return f"{sum(values.values()) / len(values):.{digits}f}" if values else ""
