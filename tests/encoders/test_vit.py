@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from conftest import timm_name, timm_tokens, tiny_encoder
-from triptych.encoders.vit import ViT, ViTConfig, build
+from triptych.encoders.vit import ViT, ViTConfig, build, sincos_table
 from triptych.errors import UserError
 from triptych.tokens import TokenSpec
 
@@ -152,3 +152,23 @@ def test_the_teacher_has_no_stochastic_depth():
     images = torch.randn(8, 3, 16, 16)
     assert torch.equal(method.teacher.encoder(images).cls, method.teacher.encoder(images).cls)
     assert not torch.equal(method.student.encoder(images).cls, method.student.encoder(images).cls)
+
+
+@pytest.mark.parametrize("case", ["g14_d32", "g3x5_d16"])
+def test_sine_cosine_positions_equal_the_authors_of_moco_v3(golden, case):
+    expected = golden("mocov3_sincos")[case]
+    # On 3 rows x 5 columns the released code walks column by column: its table is that of the transposed grid.
+    grid = (14, 14) if case.startswith("g14") else (5, 3)
+    assert not expected[0].any()  # the class token's slot
+    torch.testing.assert_close(sincos_table(grid, expected.shape[1]), expected[1:].double(), rtol=0, atol=1e-6)
+
+
+def test_moco_v3_encoders_train_neither_positions_nor_the_patch_projection():
+    config = ViTConfig(
+        patch_size=4, width=16, depth=1, heads=2, init="mocov3", position_table="sincos", freeze_patches=True
+    )
+    encoder = build(config, TokenSpec(aux=2), 16)
+    fixed = {name for name, p in encoder.named_parameters() if not p.requires_grad}
+    assert fixed == {"vit.pos_embed", "vit.patch_embed.proj.weight", "vit.patch_embed.proj.bias"}
+    assert torch.equal(encoder.vit.pos_embed[0, 1:], sincos_table((4, 4), 16).float())
+    assert encoder.vit.cls_token.std() < 1e-5 < encoder.aux_tokens.std()  # or the auxiliary tokens would be copies

@@ -36,7 +36,9 @@ class ViTConfig(BaseModel):
     heads: int | None = Field(default=None, ge=1)
     registers: int = Field(default=0, ge=0)
     drop_path: float = Field(default=0.0, ge=0, lt=1)  # stochastic depth of the last block; linear from 0; student only
-    init: Literal["dino", "xavier"] = "dino"  # linear weights: σ 0.02, which suits widths from 384; or Xavier-uniform
+    init: Literal["dino", "xavier", "mocov3"] = "dino"  # linear weights σ 0.02, which suits widths from 384; or Xavier
+    position_table: Literal["learned", "sincos"] = "learned"  # or fixed sines and cosines (MoCo v3)
+    freeze_patches: bool = False  # the patch projection keeps its random start (MoCo v3: training is stabler)
     positions: Literal["timm", "dino"] = "timm"  # how the position table is resampled for other grids
     weights: str | None = None  # file to start from: a timm, DINO or Triptych state dict
 
@@ -256,14 +258,15 @@ def _rest_of_block(block: Block, x: Tensor, update: Tensor) -> Tensor:
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
-def init_encoder(encoder: ViT, init: Literal["dino", "xavier"] = "dino") -> None:
+def init_encoder(encoder: ViT, init: Literal["dino", "xavier", "mocov3"] = "dino") -> None:
     """DINO's start: class tokens, positions and linear weights truncated-normal σ 0.02, biases 0, norms 1 and 0.
 
     The patch projection keeps PyTorch's default.  "xavier": the blocks' linear weights Xavier-uniform instead.
+    "mocov3": also queries, keys and values as three matrices, the patch projection as one matrix, class token σ 1e-6.
     """
     vit = encoder.vit
     init_linear(vit.blocks)
-    if init == "xavier":
+    if init != "dino":
         for module in vit.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -271,6 +274,43 @@ def init_encoder(encoder: ViT, init: Literal["dino", "xavier"] = "dino") -> None
         if token is not None:
             nn.init.trunc_normal_(token, std=0.02)
     vit.patch_embed.proj.reset_parameters()
+    if init == "mocov3":
+        for block in encoder.blocks:
+            bound = (6 / (2 * encoder.width)) ** 0.5
+            nn.init.uniform_(_attn(block).qkv.weight, -bound, bound)
+        kernel = cast(nn.Conv2d, vit.patch_embed.proj)
+        bound = (6 / (kernel.weight[0].numel() + encoder.width)) ** 0.5
+        nn.init.uniform_(kernel.weight, -bound, bound)
+        nn.init.zeros_(cast(nn.Parameter, kernel.bias))
+        if vit.cls_token is not None:
+            nn.init.normal_(vit.cls_token, std=1e-6)
+
+
+def sincos_table(grid: tuple[int, int], width: int) -> Tensor:
+    """(N, D) float64: sines and cosines of the row in the first half of the channels, of the column in the second.
+
+    (The reverse of MAE's order: the authors of MoCo v3 build the grid with the other indexing.)
+    """
+    if width % 4:
+        raise UserError(f"sine-cosine positions need a width that 4 divides, not {width}")
+    rate = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * rate for axis in axes]
+    return torch.cat([part for x in angles for part in (x.sin(), x.cos())], 1)
+
+
+def _fix(encoder: ViT, config: ViTConfig) -> None:
+    """Parameters that are not trained."""
+    vit = encoder.vit
+    if config.freeze_patches:
+        vit.patch_embed.proj.requires_grad_(False)
+    if config.position_table == "sincos":
+        table = cast(nn.Parameter, vit.pos_embed)
+        slots = table.shape[1] - vit.patch_embed.num_patches
+        with torch.no_grad():
+            table.zero_()  # prefix tokens have no place
+            table[:, slots:] = sincos_table(vit.patch_embed.grid_size, encoder.width)
+        table.requires_grad_(False)
 
 
 def build(config: ViTConfig, spec: TokenSpec, image_size: int | None = None) -> ViT:
@@ -305,4 +345,5 @@ def build(config: ViTConfig, spec: TokenSpec, image_size: int | None = None) -> 
         raise UserError(f"timm cannot build {config.arch} with {options}: {error}") from error
     encoder = ViT(vit, spec, config.positions)  # type: ignore[arg-type]
     init_encoder(encoder, config.init)
+    _fix(encoder, config)
     return encoder

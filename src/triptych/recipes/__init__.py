@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from triptych.recipe import Recipe
-from triptych.recipes import dino, udi
+from triptych.recipes import contrastive, dino, ibot, mte, supervised, udi
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     f.__name__: f
@@ -15,6 +15,35 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         dino.dino_small,
         dino.dino_vits16_in1k_100ep,
         dino.dino_vits16_in1k_300ep,
+        dino.dino_vits16_2crop_in1k_100ep,
+        dino.dino_vits16_2crop_in1k_300ep,
+        dino.dino_swint_in1k_100ep,
+        ibot.ibot_small,
+        ibot.ibot_vits16_in1k_100ep,
+        ibot.ibot_vits16_in1k_300ep,
+        ibot.ibot_vits16_multicrop_in1k_100ep,
+        ibot.ibot_vitb16_multicrop_in1k_100ep,
+        ibot.ibot_swint_in1k_300ep,
+        ibot.hssl_small,
+        ibot.hssl_vits16_in1k_100ep,
+        contrastive.mocov3_small,
+        contrastive.mocov3_vits16_in1k_300ep,
+        contrastive.byol_small,
+        contrastive.byol_vits16_in1k_100ep,
+        contrastive.moby_small,
+        contrastive.moby_swint_in1k_100ep,
+        contrastive.moby_swint_in1k_300ep,
+        contrastive.simclr_small,
+        contrastive.simclr_vits16_in1k_300ep,
+        contrastive.swav_small,
+        contrastive.swav_vits16_in1k_300ep,
+        *mte.RECIPES,
+        supervised.supervised_small,
+        supervised.supervised_vits16_in1k_300ep,
+        supervised.supervised_vitb16_in1k_300ep,
+        supervised.mte_supervised_small,
+        supervised.mte_supervised_vits16_in1k_300ep,
+        supervised.mte_supervised_vitb16_in1k_300ep,
     )
 }
 DEFAULT = "udi_small"

@@ -5,7 +5,7 @@ from triptych.encoders import ViTConfig
 from triptych.methods import UDIConfig
 from triptych.optim import OptimConfig
 from triptych.recipe import HealthConfig, Recipe
-from triptych.recipes.dino import dino_small
+from triptych.recipes.dino import dino_small, shared_settings
 
 
 def udi_vits16_in1k_300ep() -> Recipe:
@@ -48,11 +48,10 @@ def udi_small() -> Recipe:
     Status: run on a CPU at 48 px, width 128, depth 4, 4 epochs (benchmarks/results); not run at its full size.
     """
     small = dino_small()
-    shared = {name: value for name, value in small.method.model_dump().items() if name != "name"}
     return small.model_copy(
         update={
             "name": "udi_small",
-            "method": UDIConfig(**shared, window_global=2, window_local=2),
+            "method": UDIConfig(**shared_settings(small.method), window_global=2, window_local=2),
             "views": small.views.model_copy(update={"overlap": "fixed", "colour": "udi"}),
         }
     )
