@@ -7,30 +7,45 @@ from triptych.data.loader import Batches, ViewDataset, collate
 from triptych.data.sources import open_source
 from triptych.errors import UserError
 from triptych.methods import METHODS
-from triptych.recipe import Recipe, build_method
+from triptych.recipe import Recipe, build_method, of_source
 from triptych.recipes import RECIPES
 from triptych.schedules import Progress
 from triptych.settings import flat, nested, parse_overrides, resolve
 
-TOY = "--encoder.width 24 --encoder.depth 2 --encoder.heads 3 --method.prototypes 32 --method.hidden 16"
-TOY += " --method.embedding 8 --batch 2 --encoder.arch vit_tiny_patch16_224"
+SMALL_HEADS = {"hidden": 16, "embedding": 8, "prototypes": 32, "queue": 8, "pool_kernel": 3}
+
+
+def toy(name: str) -> Recipe:
+    """The recipe with everything that only costs time made small."""
+    values = flat(RECIPES[name]().model_dump())
+    given = {
+        k: SMALL_HEADS[k.split(".")[-1]] for k in values if k.startswith("method.") and k.split(".")[-1] in SMALL_HEADS
+    }
+    given = {k: v for k, v in given.items() if values[k]}  # a queue that is off stays off
+    if values["encoder.name"] == "vit":
+        small = {"width": 24, "depth": 2, "heads": 3, "arch": "vit_tiny_patch16_224"}
+    else:
+        stages = len(values["encoder.depths"] or (0,) * 4)
+        small = {"width": 12, "depths": [1] * stages, "heads": [2] * stages}
+    given |= {f"encoder.{k}": v for k, v in small.items()} | {"batch": 4}
+    return resolve(name, None, given)[0]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_takes_a_step_at_toy_size(name):
-    recipe, _ = resolve(name, None, parse_overrides(TOY.split()))
+    source = open_source("scenes:4")
+    recipe = of_source(toy(name), source)
     method = build_method(recipe)
     spec = METHODS[type(recipe.method)].view_spec(recipe.method)
-    data = ViewDataset(open_source("scenes:4"), recipe.views, spec, method.encoder.patch_size, recipe.seed)
-    keys = next(iter(Batches(4, recipe.batch, 1, 0)))
-    views, _ = collate([data[key] for key in keys])
+    data = ViewDataset(source, recipe.views, spec, method.encoder.patch_size, recipe.seed)
+    views, _ = collate([data[key] for key in next(iter(Batches(4, recipe.batch, 1, 0)))])
     v = recipe.views
     views = views.on_device(torch.device("cpu"), torch.tensor(v.mean), torch.tensor(v.std))
     out = method(views, Progress(0, 10, 2))
     out.loss.backward()
     method.update([out.carry], Progress(0, 10, 2))
     assert out.loss.isfinite()
-    assert len(views.local_crops) == recipe.views.local_crops
+    assert [len(views.global_crops), len(views.local_crops)] == [v.global_crops, v.local_crops]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -75,6 +90,46 @@ def test_another_method_keeps_what_both_have():
         resolve("udi_small", None, {"method.name": "dino", "method.alpha": 0.3})
 
 
+def test_mte_takes_over_the_settings_of_what_it_wraps():
+    recipe, origin = resolve("dino_small", None, {"method.name": "mte", "method.pooled": 2, "method.base.hidden": 64})
+    small = RECIPES["dino_small"]().method
+    assert recipe.method.base == small.model_copy(update={"hidden": 64})
+    assert (recipe.method.pooled, recipe.method.aux) == (2, 4)
+    assert origin["method.pooled"] == "command line"
+    other, _ = resolve("dino_small", None, {"method.name": "mte", "method.base.name": "ibot"})
+    assert (other.method.base.name, other.method.base.prototypes) == ("ibot", small.prototypes)
+    back, _ = resolve("mte_dino_small", None, {"method.base.name": "byol", "views.local_crops": 0})
+    assert back.method.base.name == "byol"
+
+
+@pytest.mark.parametrize("base", ["mte", "supervised", "mae"])
+def test_mte_refuses_what_has_no_loss_between_two_views(base):
+    with pytest.raises(UserError, match=rf"no base of mte '{base}'.* dino, ibot, mocov3"):
+        resolve("mte_dino_small", None, {"method.base.name": base})
+
+
+def test_methods_refuse_crops_that_they_make_no_use_of():
+    for name, wrong, said in (
+        ("byol_small", {"views.local_crops": 2}, "byol makes no use of local crops"),
+        ("mte_byol_small", {"views.local_crops": 2}, "byol makes no use of local crops"),
+        ("dino_small", {"views.global_crops": 1}, "dino compares 2 of them"),
+        ("supervised_small", {"views.global_crops": 2}, "takes one view of an image"),
+        ("moby_small", {"method.queue": 32}, "shorter than a step's batch of 64"),
+        ("mte_moby_small", {"method.aux": 4}, r"--method\.aux 0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            build_method(of_source(resolve(name, None, wrong)[0], open_source("scenes:4")))
+
+
+def test_supervised_training_takes_the_number_of_classes_from_the_data():
+    recipe, _ = resolve("supervised_small", None, {})
+    scenes = open_source("scenes:4")
+    assert of_source(recipe, scenes).method.classes == len(scenes.classes)
+    wrong, _ = resolve("supervised_small", None, {"method.classes": 7})
+    with pytest.raises(UserError, match="classes; leave the setting out"):
+        of_source(wrong, scenes)
+
+
 def test_words_become_values():
     words = "--epochs 50 --method.alpha=0.3 --optim.lr 1e-3 --views.global-scale 0.2 1 --optim.clip null".split()
     values = parse_overrides(words)
@@ -107,5 +162,5 @@ def test_the_dotted_names_are_frozen():
     }
     assert {n for n in names if n.startswith("views.")} == {
         f"views.{n}"
-        for n in "global_size local_size local_crops global_scale local_scale overlap local_reference flip colour blur_scale mean std".split()
+        for n in "global_crops interpolation global_size local_size local_crops global_scale local_scale overlap local_reference flip colour blur_scale mean std".split()
     }

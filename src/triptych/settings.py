@@ -111,7 +111,7 @@ def _switch(values: Flat, layer: Flat) -> Flat:
         return _switch(values, {k: v for k, v in layer.items() if k in ("method.name", "method.base.name")})
     if not changed:
         return values
-    known = _fields(Recipe, values | {k: layer[k] for k in changed})
+    known = _fields(Recipe, values | {k: v for k, v in layer.items() if k.endswith(".name")})
     return {k: v for k, v in values.items() if k in known}
 
 
