@@ -7,6 +7,7 @@
 Everything here reads the encoder's tokens and changes none of them: dropping it changes nothing else.
 """
 
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -105,7 +106,7 @@ class Ensemble(nn.Module):
     heads: one per token, or a single one for all of them.  extra: auxiliary tokens that the base method adds itself.
     """
 
-    def __init__(self, encoder: Encoder, config: EnsembleConfig, heads: list[nn.Module], extra: int = 0):
+    def __init__(self, encoder: Encoder, config: EnsembleConfig, heads: Sequence[nn.Module], extra: int = 0):
         super().__init__()
         self.config, self.count = config, config.aux + config.pooled + extra
         assert len(heads) in (1, self.count)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-
 # Keys of an auxiliary token beside itself: every token; patches and other auxiliary tokens; patches.  "uncut": every
 # token, and every token sees it: then removal changes the rest, as MTE's ablation shows.
 AuxSees = Literal["all", "not_global", "patches", "uncut"]

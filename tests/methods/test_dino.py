@@ -8,7 +8,6 @@ from triptych.data.views import View, Views
 from triptych.heads import MLP, Prototypes
 from triptych.losses import other_views, prototype_cross_entropy
 from triptych.methods import DINOConfig, build
-from triptych.methods.dino import DINO
 from triptych.optim import OptimConfig, clip_gradients, make_optimizer, parameter_groups, set_rates
 from triptych.schedules import Progress, cosine, epoch_warmup, warmup_cosine
 from triptych.tokens import TokenSpec

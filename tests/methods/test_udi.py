@@ -68,7 +68,9 @@ def test_sampled_attention_equals_the_authors(golden, case):
 
 def logits_method(K: int, config: dict) -> UDI:
     """A UDI whose prototypes are the identity, so that embeddings are the golden logits."""
-    method = build(tiny_encoder(UDI.token_spec(UDIConfig())), UDIConfig(hidden=4, embedding=K, prototypes=K, **config)).double()
+    method = build(
+        tiny_encoder(UDI.token_spec(UDIConfig())), UDIConfig(hidden=4, embedding=K, prototypes=K, **config)
+    ).double()
     with torch.no_grad():
         for tower in (method.student, method.teacher):
             tower.prototypes.direction.copy_(torch.eye(K))
@@ -285,7 +287,9 @@ def test_crops_that_do_not_meet_give_a_finite_loss_and_leave_the_patch_centre(bl
         S, T = method.encode(views, T0)
         method.center.copy_(before)
         only_cls = make(SMALL.model_copy(update={"blend": "probs", "alpha": 0.0}))
-        torch.testing.assert_close(step.terms["class+"], only_cls.other_losses(S, T, method.teacher.project(T), views, T0).terms["class+"])
+        torch.testing.assert_close(
+            step.terms["class+"], only_cls.other_losses(S, T, method.teacher.project(T), views, T0).terms["class+"]
+        )
 
 
 @pytest.mark.parametrize("n_local", [0, 1, 3])

@@ -58,6 +58,10 @@ class Encoder(nn.Module, ABC):
         """mask (B, N) bool, True = replaced by the mask token; keep (B, n) int64 = patches that enter the encoder."""
         return self.layers(images, [self.depth - 1], mask, keep)[0]
 
+    def last_attention(self, images: Tensor) -> Tensor:
+        """(B, heads, T, T): attention of the last block; T = prefix tokens (class, class+, registers), then patches."""
+        raise UserError(f"{type(self).__name__} has no class token whose attention could be shown: use a ViT")
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of final patch tokens of an image of this size (pixels)."""
         p = self.patch_size

@@ -86,7 +86,7 @@ class Tower(nn.Module):
             self.add_module(name, module)
 
     def encode(self, views: list[View], *, masked: bool = False) -> list[Tokens]:
-        """One Tokens per view; views of one size share an encoder call.  masked: with each view's mask, if it has one."""
+        """One Tokens per view; views of one size share an encoder call.  masked: with the masks that views have."""
         kinds = [(v.images.shape[-2:], masked and v.mask is not None) for v in views]
         out: dict[int, Tokens] = {}
         for kind in dict.fromkeys(kinds):
@@ -106,8 +106,8 @@ def unmasked(views: list[View]) -> list[View]:
     return [replace(v, mask=None if v.mask is None else torch.zeros_like(v.mask)) for v in views]
 
 
-def per_view(head: nn.Module, inputs: Iterable[Tensor]) -> Tensor:
-    """(B, D) of each view -> (V, B, P), one call per view: BatchNorm's statistics are those of one view."""
+def per_view(head: nn.Module, inputs: Iterable[Any]) -> Tensor:
+    """(B, D) or Tokens of each view -> (V, B, P), one call per view: BatchNorm's statistics are those of one view."""
     return torch.stack([head(x) for x in inputs])
 
 

@@ -59,8 +59,7 @@ class BYOL(Method):
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """q_s (2, B, P) after the predictor, z_t (2, B, P)."""
-        # As in the authors' code, the length's guard against 0 is inside the root.
-        u_s, u_t = (x * x.square().sum(-1, keepdim=True).clamp(min=1e-12).rsqrt() for x in map(full_precision, (q_s, z_t)))
+        u_s, u_t = (_unit(full_precision(x)) for x in (q_s, z_t))
         loss = (u_s - u_t.flip(0)).square().sum(-1).mean(1).sum()  # (2)
         return Step(loss, {"byol": loss})
 
@@ -70,3 +69,8 @@ class BYOL(Method):
     @torch.no_grad()
     def update(self, carries: list[Carry], t: Progress) -> None:
         ema_update(self.teacher, self.student, self.momentum(t))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / |x|; as in the authors' code, what guards against a length of 0 is inside the root."""
+    return x * x.square().sum(-1, keepdim=True).clamp(min=1e-12).rsqrt()

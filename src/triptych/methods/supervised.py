@@ -108,7 +108,8 @@ class Supervised(Method):
 
     def augment(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """-> images, targets (B, C).  timm draws from Python's and numpy's generators, which the loop seeds."""
-        assert labels is not None and self.config.classes, "`view_spec` asks for labels"
+        assert labels is not None, "`view_spec` asks for labels"
+        assert self.config.classes
         if self.erase is not None:
             images = self.erase(images.clone())
         if self.mix is not None and len(images) % 2 == 0:  # it mixes the batch with itself in reverse

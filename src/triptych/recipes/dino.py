@@ -2,7 +2,7 @@
 
 from triptych.data.loader import ViewsConfig
 from triptych.encoders import SwinConfig, ViTConfig
-from triptych.methods import DINOConfig
+from triptych.methods import DINOConfig, MethodConfig
 from triptych.optim import OptimConfig
 from triptych.recipe import Recipe
 
@@ -110,7 +110,7 @@ def dino_swint_in1k_100ep() -> Recipe:
     )
 
 
-def shared_settings(method: DINOConfig) -> dict:
+def shared_settings(method: MethodConfig) -> dict:
     """The settings that every method with DINO's targets has under the same names."""
     return {name: value for name, value in method.model_dump().items() if name != "name"}
 
