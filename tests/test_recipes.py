@@ -5,6 +5,7 @@ import torch
 
 from triptych.data.loader import Batches, ViewDataset, collate
 from triptych.data.sources import open_source
+from triptych.encoders import SwinConfig
 from triptych.errors import UserError
 from triptych.methods import METHODS
 from triptych.recipe import Recipe, build_method, of_source
@@ -100,6 +101,12 @@ def test_mte_takes_over_the_settings_of_what_it_wraps():
     assert (other.method.base.name, other.method.base.prototypes) == ("ibot", small.prototypes)
     back, _ = resolve("mte_dino_small", None, {"method.base.name": "byol", "views.local_crops": 0})
     assert back.method.base.name == "byol"
+
+
+def test_another_encoder_starts_from_its_own_sizes():
+    recipe, origin = resolve("dino_small", None, {"encoder.name": "swin", "encoder.width": 24})
+    assert recipe.encoder == SwinConfig(width=24)
+    assert origin["encoder.arch"] == "default"
 
 
 @pytest.mark.parametrize("base", ["mte", "supervised", "mae"])

@@ -87,6 +87,8 @@ def resolve(name: str, config: Path | None, overrides: Flat) -> tuple[Recipe, di
     values, origin = {}, {}
     for source, layer in layers:
         values = _switch(values, layer)
+        before = {k: k.replace("method.base.", "method.", 1) for k in values}  # what mte wraps was the method
+        origin = {k: origin.get(k) or origin.get(before[k], "default") for k in values}
         for key, value in layer.items():
             _check_name(key, _fields(Recipe, values | layer), source)
             values[key], origin[key] = value, source
@@ -111,6 +113,8 @@ def _switch(values: Flat, layer: Flat) -> Flat:
         return _switch(values, {k: v for k, v in layer.items() if k in ("method.name", "method.base.name")})
     if not changed:
         return values
+    if "encoder.name" in changed:  # sizes of one architecture mean nothing to another
+        values = {k: v for k, v in values.items() if not k.startswith("encoder.") or k == "encoder.drop_path"}
     known = _fields(Recipe, values | {k: v for k, v in layer.items() if k.endswith(".name")})
     return {k: v for k, v in values.items() if k in known}
 
