@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
 from timing import report as write_report
 from triptych import commands
 
@@ -50,7 +52,7 @@ def train_side_by_side(
     """All runs at the same time, each on its share of the cores.  -> minutes and images/s of each"""
     threads = max(1, (os.cpu_count() or 1) // len(names))
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    runs, began = {}, time.monotonic()
+    runs = {}
     for name in names:
         command = [
             sys.executable,
@@ -72,10 +74,16 @@ def train_side_by_side(
             if run.poll() is not None and name not in trained:
                 if run.returncode:
                     sys.exit(f"{name} ended with exit code {run.returncode}")
-                rates = [json.loads(line).get("images_per_second") for line in (out / name / "metrics.jsonl").open()]
-                rates = [r for r in rates if r]
-                trained[name] = (time.monotonic() - began) / 60, len(rates) / sum(1 / r for r in rates)
+                trained[name] = minutes_and_rate(out / name)
     return trained
+
+
+def minutes_and_rate(run: Path) -> tuple[float, float]:
+    """Of all its steps, also those before an interruption: minutes, images per second."""
+    batch = yaml.safe_load((run / "recipe.yaml").read_text())["batch"]
+    rates = [json.loads(line).get("images_per_second") for line in (run / "metrics.jsonl").open()]
+    seconds = sum(batch / rate for rate in rates if rate)
+    return seconds / 60, batch * sum(1 for rate in rates if rate) / seconds
 
 
 def measure(options, name: str, which: str, token: str, train_data: str, val_data: str) -> dict:
