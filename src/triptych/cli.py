@@ -1,6 +1,7 @@
 """The command line.  Nothing heavy is imported before a command needs it: --help and completion stay quick."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,6 +52,26 @@ def train(
     commands.train(data, recipe, config, out, show, list(overrides))
 
 
+@app.command
+def cost(*overrides: Overrides, recipe: str = "udi_small", config: Path | None = None, size: int | None = None) -> None:
+    """Print what each part of a method costs: multiply-accumulates and parameters, in training and after it.
+
+    Fields of the recipe are set as for `train`: `--encoder.arch vit_base_patch16_224 --method.pooled 3`.
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe; see `triptych list`.
+    config
+        YAML file of recipe fields, such as a run's recipe.yaml; the command line wins over it.
+    size
+        Pixels of the image.  Default: the recipe's global crops.
+    """
+    from triptych import commands
+
+    commands.cost(recipe, config, list(overrides), size)
+
+
 @app.command(name="list")
 def list_() -> None:
     """Print all methods, encoders, recipes, sources and evaluations."""
@@ -74,103 +95,134 @@ def quickstart(out: Path = Path("quickstart")) -> None:
 
 
 Model = Annotated[str, Parameter(help="A run's folder, an export, a file of weights or a timm name.")]
-Data = Annotated[str, Parameter(help="Labelled images to learn from; a folder with train/ and val/ is both.")]
-Test = Annotated[str | None, Parameter(help="Labelled images to measure on.  Default: the data's own held-out part.")]
-TokenName = Literal["cls", "cls_plus", "patch_mean", "cls+patch_mean"]
+Run = Annotated[str, Parameter(help="A run's folder or one of its checkpoints.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What every evaluation takes.
+
+    Parameters
+    ----------
+    data
+        Labelled images to learn from; a folder with train/ and val/ is both.
+    test
+        Labelled images to measure on.  Default: the data's own held-out part.
+    weights
+        Of a run: the teacher (of a supervised run the average of weights), the student, or before training.
+    size
+        Pixels of the evaluated images.  Default: what the encoder was trained on.
+    out
+        File that the result is appended to as one JSON line.
+    """
+
+    data: str
+    test: str | None = None
+    weights: Literal["teacher", "student", "untrained"] = "teacher"
+    size: int | None = None
+    out: Path = Path("results.jsonl")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Frozen(Measured):
+    """What the protocols on one vector per image take.
+
+    Parameters
+    ----------
+    token
+        cls_plus is UDI's class+ token.
+    layers
+        Class tokens of so many last blocks, concatenated (linear in the papers: 4 for ViT-S).
+    more
+        Further models, whose features are put beside the first one's, each of unit length.
+    arch
+        timm name of the architecture, where a bare file of weights leaves the heads open.
+    cache
+        Keep and reuse extracted features under ~/.cache/triptych (or $TRIPTYCH_CACHE).
+    """
+
+    token: Literal["cls", "cls_plus", "patch_mean", "cls+patch_mean"] = "cls"
+    layers: int = 1
+    more: Annotated[list[str] | None, Parameter(name="--with", consume_multiple=True, negative="")] = None
+    arch: str | None = None
+    cache: bool = True
 
 
 @evaluate.command(name="knn")
 def eval_knn(
     model: Model,
     *,
-    data: Data,
-    test: Test = None,
-    token: TokenName = "cls",
-    layers: int = 1,
     k: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
     temperature: float = 0.07,
-    weights: Literal["teacher", "student", "untrained"] = "teacher",
-    arch: str | None = None,
-    size: int | None = None,
-    cache: bool = True,
-    out: Path = Path("results.jsonl"),
+    options: Frozen,
 ) -> None:
     """Weighted nearest neighbours on frozen features.
 
     Parameters
     ----------
-    token
-        cls_plus is UDI's class+ token.
-    layers
-        Class tokens of so many last blocks, concatenated.
     k
         Numbers of neighbours, default 10 20 100 200.
     temperature
         Of the votes exp(cosine / T).
-    weights
-        Of a run: the teacher, the student, or the encoder before training.
-    arch
-        timm name of the architecture, where a bare file of weights leaves the heads open.
-    size
-        Pixels of the evaluated images.  Default: what the encoder was trained on.
-    cache
-        Keep and reuse extracted features under ~/.cache/triptych (or $TRIPTYCH_CACHE).
-    out
-        File that the result is appended to as one JSON line.
     """
     from triptych import commands
 
-    options = {"weights": weights, "arch": arch, "size": size, "token": token, "layers": layers, "cache": cache}
-    commands.eval_knn(model, data, test, out, k=k, temperature=temperature, **options)
+    commands.eval_knn(model, k=k, temperature=temperature, **vars(options))
 
 
 @evaluate.command(name="linear")
 def eval_linear(
     model: Model,
     *,
-    data: Data,
-    test: Test = None,
-    token: TokenName = "cls",
-    layers: int = 1,
     epochs: int = 100,
     batch: int = 256,
     select: Literal["held_out", "test"] = "held_out",
     norm: Literal["none", "batch"] = "none",
     seed: int = 0,
-    weights: Literal["teacher", "student", "untrained"] = "teacher",
-    arch: str | None = None,
-    size: int | None = None,
-    cache: bool = True,
-    out: Path = Path("results.jsonl"),
+    options: Frozen,
 ) -> None:
     """A linear classifier on frozen features; several learning rates at once, one chosen.
 
     Parameters
     ----------
-    token
-        cls_plus is UDI's class+ token.
-    layers
-        Class tokens of so many last blocks, concatenated (the papers: 4 for ViT-S).
     select
         What the rate is chosen on: a held-out tenth of the training images, or the test images (the papers' way).
     norm
         "batch" standardises features with the training mean and deviation (MAE's way).
-    weights
-        Of a run: the teacher, the student, or the encoder before training.
-    arch
-        timm name of the architecture, where a bare file of weights leaves the heads open.
-    size
-        Pixels of the evaluated images.  Default: what the encoder was trained on.
-    cache
-        Keep and reuse extracted features under ~/.cache/triptych (or $TRIPTYCH_CACHE).
-    out
-        File that the result is appended to as one JSON line.
     """
     from triptych import commands
 
-    options = {"weights": weights, "arch": arch, "size": size, "token": token, "layers": layers, "cache": cache}
     probe = {"epochs": epochs, "batch": batch, "select": select, "norm": norm, "seed": seed}
-    commands.eval_linear(model, data, test, out, probe, **options)
+    commands.eval_linear(model, probe=probe, **vars(options))
+
+
+@evaluate.command(name="tokens")
+def eval_tokens(run: Run, *, k: int = 10, linear: bool = False, options: Measured) -> None:
+    """What each auxiliary token of a run knows, alone, in pairs and together, and that removing them costs nothing.
+
+    Parameters
+    ----------
+    k
+        Number of neighbours.
+    linear
+        Linear classifiers too, on the global token and on all auxiliary tokens together.
+    """
+    from triptych import run_evals
+
+    run_evals.eval_tokens(run, k=k, probe=linear, **vars(options))
+
+
+@evaluate.command(name="classify")
+def eval_classify(run: Run, *, options: Measured) -> None:
+    """The classifiers that a supervised run trained: nothing is learned here.
+
+    Without `--test` it measures on the data's own held-out part or, where it has none, on all of the data.
+    """
+    from triptych import run_evals
+
+    run_evals.eval_classify(run, **vars(options))
 
 
 @app.command

@@ -17,6 +17,7 @@ from triptych.evals import EVALS
 from triptych.evals.features import EvalTransform, cached, check_token, extract, labels_of, weights_hash
 from triptych.evals.knn import knn
 from triptych.evals.linear import linear
+from triptych.losses import unit
 from triptych.methods import METHODS
 from triptych.recipes import RECIPES
 from triptych.settings import flat, parse_overrides, resolve
@@ -78,6 +79,24 @@ def train(
         print(f"next: triptych eval knn {out} --data DATA   or   triptych export {out} --out FOLDER")
 
 
+def cost(recipe: str, config: Path | None, overrides: list[str], size: int | None) -> None:
+    from triptych.cost import COLUMNS as COST_COLUMNS
+    from triptych.cost import cost as measured
+
+    resolved, _ = resolve(recipe, config, parse_overrides(overrides))
+    c = measured(resolved, size)
+    table = Table(*COST_COLUMNS, title=f"{c.recipe}: the student on one {c.size} x {c.size} crop")
+    for row in c.rows():
+        table.add_row(*row)
+        if row[0] == c.parts[-1].name:
+            table.add_section()
+    console.print(table)
+    console.print(f"trained parameters: {c.trained / 1e6:.2f} M", highlight=False)
+    console.print(f"copies (teacher, or average of weights): {c.copies / 1e6:.2f} M", highlight=False)
+    for note in c.notes:
+        console.print(f"- {note}", highlight=False)
+
+
 def _slug(data: str) -> str:
     path = Path(data)
     name = (
@@ -113,52 +132,75 @@ def held_out_fifth(source: Source, seed: int) -> tuple[Source, Source]:
     )
 
 
-def _features(model: str, data: str, test: str | None, *, weights, arch, size, token, layers, cache: bool):
-    """-> loaded encoder, (train features, labels), (test features, labels), what identifies them"""
-    pair = labelled_pair(data, test)
+def _of_model(model: str, pair: tuple[Source, Source], *, weights, arch, size, token, layers, cache: bool):
+    """-> [(train features, labels), (test features, labels)], what identifies the encoder"""
     loaded = load_encoder(model, weights=weights, arch=arch)
     check_token(loaded.encoder, token)
     loaded.encoder.grid(size or loaded.size, size or loaded.size)
     transform = EvalTransform.of(size or loaded.size, loaded.mean, loaded.std)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sets = []
     for source in pair:
-        options: dict[str, Any] = {"token": token, "layers": layers, "device": device}
+        options: dict[str, Any] = {"token": token, "layers": layers, "device": device()}
         features, indices = (cached if cache else extract)(loaded.encoder, source, transform, **options)
-        if len(indices) < len(source):
-            console.print(
-                f"{len(source) - len(indices)} of {len(source)} images of {source.name} cannot be read: left out"
-            )
+        say_unreadable(source, indices)
         sets.append((features, labels_of(source, indices)))
-    about = {
-        "model": loaded.name,
-        "encoder": weights_hash(loaded.encoder),
-        "heads": loaded.encoder.heads,
-        "train": {"name": pair[0].name, "fingerprint": pair[0].fingerprint()},
-        "test": {"name": pair[1].name, "fingerprint": pair[1].fingerprint()},
-        "token": token,
-        "layers": layers,
-        "size": transform.size,
-        "resize": transform.resize,
+    about = {"model": loaded.name, "encoder": weights_hash(loaded.encoder), "heads": loaded.encoder.heads}
+    return sets, about | {"size": transform.size, "resize": transform.resize}
+
+
+def _features(model: str, data: str, test: str | None, *, more: list[str] | None = None, arch, **options):
+    """-> (train features, labels), (test features, labels), what identifies them.
+
+    Of several models: features of unit length side by side, and lists of what identifies each.
+    """
+    pair, models = labelled_pair(data, test), [model, *(more or [])]
+    bare = [m for m in models if Path(m).is_file() and not (Path(m).parent.parent / "recipe.yaml").exists()] or models
+    found = [_of_model(m, pair, arch=arch if m in bare else None, **options) for m in models]
+    sets, about = found[0]
+    if len(found) > 1:
+        # An image that cannot be read is missing for every model: rows and labels fit.
+        sets = [(torch.cat([unit(s[i][0]) for s, _ in found], 1), labels) for i, (_, labels) in enumerate(sets)]
+        about = {key: [a[key] for _, a in found] for key in about}
+    about |= about_images(pair) | {"token": options["token"], "layers": options["layers"]}
+    return sets, about
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def say_unreadable(source: Source, indices: torch.Tensor) -> None:
+    if len(indices) < len(source):
+        console.print(f"{len(source) - len(indices)} of {len(source)} images of {source.name} cannot be read: left out")
+
+
+def about_images(pair: tuple[Source, Source]) -> dict[str, dict[str, str]]:
+    return {
+        name: {"name": source.name, "fingerprint": source.fingerprint()}
+        for name, source in zip(("train", "test"), pair, strict=True)
     }
-    return loaded, sets, about
+
+
+def _title(protocol: str, about: dict[str, Any]) -> str:
+    models = about["model"] if isinstance(about["model"], list) else [about["model"]]
+    return f"{protocol}, {' + '.join(models)}, {about['token']}"
 
 
 def eval_knn(model: str, data: str, test: str | None, out: Path, *, k, temperature: float, **options) -> dict:
-    _writable(out)
-    _, ((train, y), (held, z)), about = _features(model, data, test, **options)
+    writable(out)
+    ((train, y), (held, z)), about = _features(model, data, test, **options)
     result = knn(train, y, held, z, k=k, temperature=temperature)
-    table = Table("k", "top-1 %", "top-5 %", title=f"k-NN, {about['model']}, {about['token']}")
+    table = Table("k", "top-1 %", "top-5 %", title=_title("k-NN", about))
     for n in result.top1:
         table.add_row(str(n), f"{result.top1[n]:.2f}", f"{result.top5[n]:.2f}")
     return report("knn", asdict(result), about, table, out)
 
 
 def eval_linear(model: str, data: str, test: str | None, out: Path, probe: dict[str, Any], **options) -> dict:
-    _writable(out)
-    _, ((train, y), (held, z)), about = _features(model, data, test, **options)
+    writable(out)
+    ((train, y), (held, z)), about = _features(model, data, test, **options)
     result = linear(train, y, held, z, **probe)
-    table = Table("", "", title=f"linear probe, {about['model']}, {about['token']}")
+    table = Table("", "", title=_title("linear probe", about))
     table.add_row("top-1 %, last epoch", f"{result.top1:.2f}")
     table.add_row("top-5 %, last epoch", f"{result.top5:.2f}")
     table.add_row("learning rate (per 256 images)", f"{result.lr:g}, chosen on {result.selected_on}")
@@ -166,7 +208,7 @@ def eval_linear(model: str, data: str, test: str | None, out: Path, probe: dict[
     return report("linear", asdict(result), about | probe, table, out)
 
 
-def _writable(out: Path) -> None:
+def writable(out: Path) -> None:
     """A results file that cannot be written is an error now, not after the work."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.open("a").close()

@@ -101,7 +101,7 @@ class AdaptivePooling(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Tokens -> the fused vector z_a (B, P).  Thrown away after training.
+    """Tokens of V views -> the fused vectors z_a (V, B, P).  Thrown away after training.
 
     heads: one per token, or a single one for all of them.  extra: auxiliary tokens that the base method adds itself.
     """
@@ -136,13 +136,12 @@ class Ensemble(nn.Module):
         return torch.cat(parts, 1).transpose(0, 1)
 
     def embeddings(self, tokens: Tensor) -> Tensor:
-        """(M, B, D) -> (M, B, P)"""
-        if len(self.heads) == 1:
-            return torch.stack([self.heads[0](a) for a in tokens])
-        return torch.stack([head(a) for head, a in zip(self.heads, tokens, strict=True)])
+        """(M, ..., B, D) -> (M, ..., B, P)"""
+        heads = list(self.heads) * (self.count if len(self.heads) == 1 else 1)
+        return torch.stack([head(a) for head, a in zip(heads, tokens, strict=True)])
 
-    def forward(self, x: Tokens) -> Tensor:
-        z = self.embeddings(self.tokens(x))
+    def forward(self, views: list[Tokens]) -> Tensor:
+        z = self.embeddings(torch.stack([self.tokens(x) for x in views], 1))  # (M, V, B, P)
         return (F.normalize(z, dim=-1) if self.config.fusion == "unit" else z).mean(0)  # (3)
 
     def _pooled(self, patch: Tensor, grid: tuple[int, int] | None) -> Tensor:

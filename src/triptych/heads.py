@@ -43,10 +43,10 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class MLP(nn.Sequential):
-    """Linear layers with an activation between: MLP(D, hidden, hidden, P) maps (..., D) -> (..., P).
+    """Linear layers with an activation between: MLP(D, hidden, hidden, P) maps (B, D) or (V, B, D) to as many of P.
 
-    norm: BatchNorm before each activation (then the input is (B, D)).  last_norm: what follows the last linear layer,
-    BatchNorm without scale and offset ("plain", MoCo v3) or with scale only ("scale", SimCLR).
+    norm: BatchNorm before each activation, whose batch is one view or, if joint, all V.  last_norm: what follows the
+    last linear layer, BatchNorm without scale and offset ("plain", MoCo v3) or with scale only ("scale", SimCLR).
     init: "dino" = truncated normal, σ 0.02, biases 0; "torch" = PyTorch's own.
     """
 
@@ -55,13 +55,14 @@ class MLP(nn.Sequential):
         *sizes: int,
         activation: Literal["gelu", "relu"] = "gelu",
         norm: bool = False,
+        joint: bool = False,
         bias: bool = True,
         last_bias: bool = True,
         last_norm: Literal["none", "plain", "scale"] = "none",
         init: Literal["dino", "torch"] = "dino",
     ):
-        options: dict[str, Any] = {"activation": activation, "norm": norm, "bias": bias, "last_bias": last_bias}
-        options |= {"last_norm": last_norm, "init": init}
+        options: dict[str, Any] = {"activation": activation, "norm": norm, "joint": joint, "bias": bias}
+        options |= {"last_bias": last_bias, "last_norm": last_norm, "init": init}
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(itertools.pairwise(sizes)):
             last = i == len(sizes) - 2
@@ -76,6 +77,13 @@ class MLP(nn.Sequential):
             cast(nn.Parameter, layers[-1].bias).requires_grad_(False)
         if init == "dino":
             init_linear(self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim == 2 or not self.options["norm"]:
+            return super().forward(input)
+        if self.options["joint"]:
+            return super().forward(input.flatten(0, 1)).unflatten(0, input.shape[:2])
+        return torch.stack([nn.Sequential.forward(self, view) for view in input])
 
     def fresh(self) -> "MLP":
         """The same architecture with new weights."""

@@ -17,6 +17,12 @@ def unit(z: Tensor) -> Tensor:
     return F.normalize(full_precision(z), dim=-1)
 
 
+def similarity(a: Tensor, b: Tensor) -> Tensor:
+    """(..., A, P), (B, P) -> (..., A, B) in full precision: a small temperature would make much of bf16's rounding."""
+    with torch.autocast(a.device.type, enabled=False):
+        return full_precision(a) @ full_precision(b).T
+
+
 def teacher_probabilities(z: Tensor, prototypes: Tensor, center: Tensor, temperature: float) -> Tensor:
     """p_t = softmax((z Wᵀ − c) / τ_t).  z (..., P), prototypes W (K, P), center c (K,) -> (..., K)"""
     return ((full_precision(z @ prototypes.T) - center) / temperature).softmax(-1)
@@ -58,8 +64,8 @@ def masked_cross_entropy(
     mask (V, B, N) bool; z_s (R, P): the student's masked patches only, in the mask's order; z_t (V, B, N, P) of all.
     options: as for `prototype_cross_entropy`.
     """
-    share = mask / mask.sum(-1, keepdim=True).clamp(min=1) / mask[..., 0].numel()
-    weight = share.to(z_s.dtype)[mask][None, None]
+    hidden = mask.to(z_s.dtype)  # a quotient of integers would be fp32
+    weight = (hidden / hidden.sum(-1, keepdim=True).clamp(min=1) / mask[..., 0].numel())[mask][None, None]
     return prototype_cross_entropy(z_s[None], prototypes_s, z_t[mask][None], prototypes_t, weight=weight, **options)
 
 

@@ -77,7 +77,8 @@ def of_source(recipe: Recipe, source: Source) -> Recipe:
 def _check_fit(recipe: Recipe, encoder: Encoder) -> None:
     """What only encoder, views and method together tell: an error now, not in a worker at step 0."""
     spec, views = METHODS[type(recipe.method)].view_spec(recipe.method), recipe.views
-    name = getattr(recipe.method, "base", recipe.method).name
+    base = getattr(recipe.method, "base", recipe.method)  # what mte wraps
+    name, where = base.name, "--method" if base is recipe.method else "--method.base"
     if views.global_crops != spec.global_crops:
         raise UserError(
             f"--views.global_crops {views.global_crops}: {name} compares {spec.global_crops} of them"
@@ -93,11 +94,11 @@ def _check_fit(recipe: Recipe, encoder: Encoder) -> None:
         side = encoder.grid(size, size)[0]
         if window > side:
             raise UserError(
-                f"--method.window_{level} {window} is larger than the {side}x{side} patches of a {level} crop"
+                f"{where}.window_{level} {window} is larger than the {side}x{side} patches of a {level} crop"
             )
-    heads = getattr(recipe.method, "srs_heads", None)
+    heads = getattr(base, "srs_heads", None)
     if heads and encoder.width % heads:
-        raise UserError(f"--method.srs_heads {heads} does not divide the encoder's width of {encoder.width}")
-    queue = getattr(getattr(recipe.method, "base", recipe.method), "queue", 0)
+        raise UserError(f"{where}.srs_heads {heads} does not divide the encoder's width of {encoder.width}")
+    queue = getattr(base, "queue", 0)
     if queue and queue < recipe.batch:
-        raise UserError(f"--method.queue {queue} is shorter than a step's batch of {recipe.batch}: make it a multiple")
+        raise UserError(f"{where}.queue {queue} is shorter than a step's batch of {recipe.batch}: make it longer")

@@ -108,6 +108,7 @@ def _switch(values: Flat, layer: Flat) -> Flat:
     if "method.name" in changed and layer["method.name"] == "mte":
         wrapped = {k: v for k, v in values.items() if k.startswith("method.")}
         values = {k: v for k, v in values.items() if k not in wrapped}
+        values["name"] = f"mte_{values['name']}"
         if wrapped["method.name"] != "supervised":
             values |= {k.replace("method.", "method.base.", 1): v for k, v in wrapped.items()}
         return _switch(values, {k: v for k, v in layer.items() if k in ("method.name", "method.base.name")})

@@ -314,7 +314,8 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path):
         ranks = [torch.load(tmp_path / f"{case}.{r}.pt", weights_only=True) for r in (0, 1)]
         assert same(*ranks)
         # Adam turns round-off into steps where the true gradient is 0: biases in front of BatchNorm.
-        tolerance = 1e-6 if any(isinstance(m, torch.nn.BatchNorm1d) for m in single.modules()) else 1e-9
+        # And timm resamples positions, which local crops need, in fp32.
+        tolerance = 1e-6 if any(isinstance(m, torch.nn.BatchNorm1d) for m in single.modules()) else 1e-7
         for name, value in single.state_dict().items():
             torch.testing.assert_close(ranks[0][name], value, rtol=0, atol=tolerance, msg=f"{case} {name}")
 

@@ -11,7 +11,8 @@ from timm.models.swin_transformer import SwinTransformer
 from triptych.encoders import EncoderConfig, Swin, SwinConfig, ViTConfig, build
 from triptych.encoders.load import Loaded, load_encoder, load_weights
 from triptych.encoders.load_swin import official_names
-from triptych.encoders.swin import init_encoder, set_norm_eps, shift_mask
+from triptych.encoders.swin import init_encoder, set_norm_eps
+from triptych.encoders.windows import shift_mask
 from triptych.errors import UserError
 from triptych.export import card, export
 from triptych.tokens import TokenSpec

@@ -70,7 +70,7 @@ class Encoder(nn.Module, ABC):
         return height // p, width // p
 
     def without(self, role: Literal["aux", "mask"]) -> Self:
-        """A copy without a role that no other token attends to: the same class and patch tokens to the last bit."""
+        """A copy without a role: the same class and patch tokens to the last bit (but for aux_sees "uncut")."""
         kept = copy.deepcopy(self)
         if role == "aux":
             kept.aux_tokens = None

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import timm
 import torch
@@ -20,6 +20,10 @@ from triptych.encoders.swin import Swin, set_norm_eps
 from triptych.encoders.vit import ViT
 from triptych.errors import UserError, nearest
 from triptych.tokens import TokenSpec
+
+if TYPE_CHECKING:
+    from triptych.methods import Method
+    from triptych.recipe import Recipe
 
 Weights = Literal["teacher", "student", "untrained"]
 State = dict[str, Tensor]
@@ -51,10 +55,8 @@ def load_encoder(
     known = timm.list_models(module="vision_transformer") + timm.list_models(module="swin_transformer")
     if arch is not None and arch not in known:
         raise UserError(f"--arch {arch}: timm has no such vision transformer or Swin{nearest(arch, known)}")
-    if (path / "recipe.yaml").exists():
-        return _of_run(path, None, weights)
-    if is_checkpoint:
-        return _of_run(path.parent.parent, path, weights)
+    if is_checkpoint or (path / "recipe.yaml").exists():
+        return _of_run(path, weights)
     if weights == "student":
         raise UserError(f"{model} is not a Triptych run: only runs hold a student beside the teacher")
     if weights == "untrained" and path.exists():
@@ -72,27 +74,33 @@ def load_encoder(
     return _of_timm(name, pretrained=weights != "untrained")
 
 
-def _of_run(folder: Path, file: Path | None, weights: Weights) -> Loaded:
+def load_method(model: str | Path, weights: Weights = "teacher") -> "tuple[Recipe, Method, str]":
+    """A run's folder or one of its checkpoints -> recipe, whole method (teacher and student), name with the step."""
     from triptych import checkpoint  # here, because the loop imports this module
     from triptych.recipe import Recipe, build_method
 
+    path = Path(model)
+    folder, file = (path.parent.parent, path) if path.suffix == ".pt" else (path, None)
+    if not (folder / "recipe.yaml").exists():
+        raise UserError(f"{model} is not a Triptych run: give the folder that `triptych train` wrote, or a checkpoint")
     recipe = Recipe.model_validate(yaml.safe_load((folder / "recipe.yaml").read_text()))
-    fresh = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"weights": None})})
-    method = build_method(recipe if weights == "untrained" else fresh)
-    steps = checkpoint.steps(folder / "checkpoints")
-    if weights != "untrained":
-        if file is None and not steps:
-            raise UserError(f"{folder} has no checkpoint yet")
-        state = checkpoint.load(file or checkpoint.path_of(folder / "checkpoints", steps[-1]))
-        method.load_state_dict(state["method"])
-        at = f"@{state['step']}"
-    else:
-        at = ""
-    student = getattr(method, "student", None)
-    encoder = student.encoder if weights == "student" and student is not None else method.encoder
-    encoder.requires_grad_(False)
-    name = f"{file or folder}{at} ({weights})"
-    return Loaded(encoder.eval(), name, recipe.views.global_size, recipe.views.mean, recipe.views.std)
+    if weights == "untrained":
+        return recipe, build_method(recipe), f"{path}"
+    method = build_method(recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"weights": None})}))
+    files = [file] if file else [*(folder / "checkpoints").glob("step_*.pt")]
+    if not files:
+        raise UserError(f"{folder} has no checkpoint yet")
+    state = checkpoint.load(max(files))
+    method.load_state_dict(state["method"])
+    return recipe, method, f"{path}@{state['step']}"
+
+
+def _of_run(model: Path, weights: Weights) -> Loaded:
+    recipe, method, name = load_method(model, weights)
+    trained: Any = getattr(method, "student", None) or getattr(method, "model", method)
+    encoder = (trained if weights == "student" else method).encoder.requires_grad_(False)
+    encoder = encoder.without("aux").without("mask")  # only training needs them
+    return Loaded(encoder.eval(), f"{name} ({weights})", recipe.views.global_size, recipe.views.mean, recipe.views.std)
 
 
 def _of_export(folder: Path) -> Loaded:

@@ -9,7 +9,8 @@ from timm.layers import resize_rel_pos_bias_table
 from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from torch import Tensor
 
-from triptych.encoders.swin import Pair, Swin, patch_embed
+from triptych.encoders.swin import Swin, patch_embed, window_argument
+from triptych.encoders.windows import Pair
 from triptych.errors import UserError
 from triptych.tokens import TokenSpec
 
@@ -81,7 +82,7 @@ def encoder_of(state: State, *, arch: str | None = None) -> Swin:
             embed_dim=kernel.shape[0],
             depths=tuple(depths),
             num_heads=tuple(table.shape[1] for table in tables),
-            window_size=[(w, w) for w in windows],  # type: ignore[arg-type]
+            window_size=window_argument([(w, w) for w in windows]),  # type: ignore[arg-type]
             mlp_ratio=state["layers.0.blocks.0.mlp.fc1.weight"].shape[0] / kernel.shape[0],
             qkv_bias="layers.0.blocks.0.attn.qkv.bias" in state,
             drop_path_rate=0.0,

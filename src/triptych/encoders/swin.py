@@ -3,30 +3,24 @@
 timm supplies the architecture and the names of the weights; the forward pass is ours, so that one encoder serves crops
 of any size, puts a mask token in the place of hidden patches and gives the tokens of any block.
 
-A block keeps the window and the shift that its native size gave it, at every size, as iBOT's Swin does: its bias table
-has that window's size.  Where windows do not tile a grid, zeros are added below and to the right after the first norm;
-then comes the shift; the zeros take part in attention.  So says iBOT's code.  (timm shifts first and pads then, but
-masks as if it had padded first; that differs only at such grids, and an encoder's native size never has one.)
+The blocks themselves, and what happens at sizes that windows do not tile: `windows.py`.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Literal, cast
 
 import timm
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from timm.layers import PatchEmbed
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage, WindowAttention
 from torch import Tensor, nn
 
 from triptych.encoders.base import Encoder
+from triptych.encoders.windows import Pair, attention_of, run_block
 from triptych.errors import UserError, nearest
 from triptych.heads import init_linear
 from triptych.tokens import Tokens, TokenSpec
-
-Pair = tuple[int, int]
 
 
 class SwinConfig(BaseModel):
@@ -82,11 +76,11 @@ class Swin(Encoder):
 
     @property
     def heads(self) -> int:
-        return _attn(_blocks(self.stages[-1])[-1]).num_heads
+        return attention_of(_blocks(self.stages[-1])[-1]).num_heads
 
     @property
     def patch_size(self) -> int:
-        return patch_embed(self.swin).patch_size[0] * self._ratio
+        return cast(Pair, patch_embed(self.swin).patch_size)[0] * self._ratio
 
     @property
     def native_size(self) -> Pair:
@@ -137,11 +131,11 @@ class Swin(Encoder):
             "patch_size": patch_embed(self.swin).patch_size[0],
             "embed_dim": self.swin.embed_dim,
             "depths": [len(stage.blocks) for stage in self.stages],
-            "num_heads": [_attn(_blocks(stage)[0]).num_heads for stage in self.stages],
-            "window_size": windows[0] if all(w == windows[0] for w in windows) else windows,
+            "num_heads": [attention_of(_blocks(stage)[0]).num_heads for stage in self.stages],
+            "window_size": window_argument(windows),
             "always_partition": first.always_partition,
             "mlp_ratio": cast(nn.Linear, first.mlp.fc1).out_features / self.swin.embed_dim,
-            "qkv_bias": _attn(first).qkv.bias is not None,
+            "qkv_bias": attention_of(first).qkv.bias is not None,
             "strict_img_size": False,  # images of other sizes too
         }
         # Any Swin's name will do: the arguments say all that differs.
@@ -175,76 +169,17 @@ def patch_embed(swin: SwinTransformer) -> PatchEmbed:
     return cast(PatchEmbed, swin.patch_embed)
 
 
+def window_argument(windows: Sequence[Sequence[int]]) -> Sequence:
+    """timm's window_size for one window (h, w) per stage: two in a list would be read as (h, w) themselves."""
+    return windows[0] if all(w == windows[0] for w in windows) else windows
+
+
 def _stages(swin: SwinTransformer) -> list[SwinTransformerStage]:
     return cast(list[SwinTransformerStage], list(swin.layers))
 
 
 def _blocks(stage: SwinTransformerStage) -> list[SwinTransformerBlock]:
     return cast(list[SwinTransformerBlock], list(stage.blocks))  # `_check_swin` made sure
-
-
-def _attn(block: SwinTransformerBlock) -> WindowAttention:
-    """A block's attention, which timm types as any module."""
-    return cast(WindowAttention, block.attn)
-
-
-def run_block(block: SwinTransformerBlock, x: Tensor) -> Tensor:
-    """One pre-norm block with attention in (shifted) windows.  (B, H, W, C) -> (B, H, W, C)"""
-    (h, w), (down, right) = block.window_size, block.shift_size
-    rows, columns = x.shape[1:3]
-    y = F.pad(block.norm1(x), (0, 0, 0, -columns % w, 0, -rows % h))
-    grid, mask = (y.shape[1], y.shape[2]), None
-    if down or right:
-        y = y.roll((-down, -right), (1, 2))
-        mask = shift_mask(grid, (h, w), (down, right), y.device)
-    y = join_windows(attend(_attn(block), split_windows(y, (h, w)), mask), (h, w), grid)
-    if down or right:
-        y = y.roll((down, right), (1, 2))
-    x = x + block.drop_path1(y[:, :rows, :columns])
-    return x + block.drop_path2(block.mlp(block.norm2(x)))
-
-
-def attend(attn: WindowAttention, x: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q kᵀ/√d + bias + mask) v in each window.  (B·windows, T, C), mask (windows, T, T) -> (B·windows, T, C)"""
-    q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    scores = (q * attn.scale) @ k.transpose(-2, -1) + relative_bias(attn)  # (B·windows, heads, T, T)
-    if mask is not None:
-        scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None].to(scores.dtype)).flatten(0, 1)
-    y = attn.attn_drop(scores.softmax(-1)) @ v
-    return attn.proj_drop(attn.proj(y.transpose(1, 2).flatten(2)))
-
-
-def relative_bias(attn: WindowAttention) -> Tensor:
-    """(heads, T, T): the table's entry for every offset between two tokens of a window."""
-    index = cast(Tensor, attn.relative_position_index)  # (T, T), a buffer of timm's
-    return attn.relative_position_bias_table[index].permute(2, 0, 1)
-
-
-def split_windows(x: Tensor, window: Pair) -> Tensor:
-    """(B, H, W, C) -> (B·windows, h·w, C), windows and the tokens in them row by row."""
-    h, w = window
-    x = x.unflatten(2, (-1, w)).unflatten(1, (-1, h))  # (B, H/h, h, W/w, w, C)
-    return x.transpose(2, 3).reshape(-1, h * w, x.shape[-1])
-
-
-def join_windows(x: Tensor, window: Pair, grid: Pair) -> Tensor:
-    """(B·windows, h·w, C) -> (B, H, W, C), the inverse of `split_windows`."""
-    (h, w), (rows, columns) = window, grid
-    x = x.reshape(-1, rows // h, columns // w, h, w, x.shape[-1])
-    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-@lru_cache(maxsize=64)
-def shift_mask(grid: Pair, window: Pair, shift: Pair, device: torch.device) -> Tensor:
-    """(windows, T, T) float32: -100, Swin's minus infinity, between tokens that only the cyclic shift made neighbours.
-
-    After a shift by s, the last s rows (columns) of the grid came from the opposite edge.
-    """
-    with torch.inference_mode(False):  # the cached tensor must serve training too
-        wrapped = [torch.arange(n, device=device) >= n - s for n, s in zip(grid, shift, strict=True)]
-        region = 2 * wrapped[0][:, None].long() + wrapped[1]  # (H, W)
-        region = split_windows(region[None, :, :, None], window)[..., 0]  # (windows, T)
-        return torch.where(region[:, :, None] == region[:, None], 0.0, -100.0)
 
 
 def _check_swin(swin: nn.Module) -> None:
@@ -262,10 +197,16 @@ def _check_swin(swin: nn.Module) -> None:
     grids = [(rows >> i, columns >> i) for i in range(n)]
     for grid, stage in zip(grids, stages, strict=True):
         block = _blocks(stage)[0]
-        if _attn(block).qkv.out_features != 3 * block.dim:
-            raise UserError(f"--encoder.heads: {_attn(block).num_heads} does not divide a stage's width of {block.dim}")
+        if attention_of(block).qkv.out_features != 3 * block.dim:
+            raise UserError(
+                f"--encoder.heads: {attention_of(block).num_heads} does not divide a stage's width of {block.dim}"
+            )
         if grid[0] % block.window_size[0] or grid[1] % block.window_size[1]:
-            tile = [w for w in range(2, 33) if all(side <= w or side % w == 0 for g in grids for side in g)]
+            tile = [
+                w
+                for w in range(2, min(32, rows, columns) + 1)
+                if all(side <= w or side % w == 0 for g in grids for side in g)
+            ]
             window = f"--encoder.window_size {' or '.join(map(str, tile))}, or " if tile else ""
             raise UserError(
                 f"a Swin built for {size[0]}x{size[1]} px has a stage of {grid[0]}x{grid[1]} tokens, which windows of "

@@ -3,4 +3,6 @@
 EVALS = {
     "knn": "weighted nearest neighbours on frozen features: triptych eval knn MODEL --data DATA",
     "linear": "a linear classifier on frozen features: triptych eval linear MODEL --data DATA",
+    "tokens": "what each auxiliary token knows, and what their removal costs: triptych eval tokens RUN --data DATA",
+    "classify": "the classifiers of a supervised run: triptych eval classify RUN --data DATA",
 }

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,6 +89,31 @@ def check_token(encoder: Encoder, token: str) -> None:
         raise UserError("this encoder has no class+ token (only UDI's have): choose cls, patch_mean or cls+patch_mean")
 
 
+def batches(
+    source: Source, transform: EvalTransform, *, batch: int, device: torch.device, workers: int | None = None
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Indices into the source and normalised images (B, 3, size, size) on the device, in order.
+
+    Images that cannot be read are left out; UserError where that leaves none.
+    """
+    loader = DataLoader(
+        _Images(source, transform),
+        batch_size=batch,
+        collate_fn=_collate,
+        num_workers=min(default_workers() if workers is None else workers, -(-len(source) // batch)),
+        worker_init_fn=in_worker,
+        pin_memory=device.type == "cuda",
+    )
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (transform.mean, transform.std))
+    read = 0
+    for index, pixels in loader:
+        if pixels is not None:
+            read += len(index)
+            yield index, (pixels.to(device, non_blocking=True) / 255 - mean) / std
+    if not read:
+        raise UserError(f"no image of {source.name} can be read")
+
+
 @torch.no_grad()
 def extract(
     encoder: Encoder,
@@ -103,28 +129,14 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """-> features (N, D) float32 and indices (N,) int64 into the source; images that cannot be read are left out."""
     device = torch.device(device)
-    loader = DataLoader(
-        _Images(source, transform),
-        batch_size=batch,
-        collate_fn=_collate,
-        num_workers=min(default_workers() if workers is None else workers, -(-len(source) // batch)),
-        worker_init_fn=in_worker,
-        pin_memory=device.type == "cuda",
-    )
     was_training = encoder.training
     encoder.to(device).eval()
-    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (transform.mean, transform.std))
     features, indices = [], []
-    for index, pixels in loader:
-        if pixels is None:
-            continue
+    for index, images in batches(source, transform, batch=batch, device=device, workers=workers):
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            images = (pixels.to(device, non_blocking=True) / 255 - mean) / std
             features.append(select(encoder, images, token, layers).float().cpu())
         indices += index
     encoder.train(was_training)
-    if not features:
-        raise UserError(f"no image of {source.name} can be read")
     return torch.cat(features), torch.tensor(indices)
 
 

@@ -2,7 +2,6 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
@@ -70,6 +69,10 @@ class Method(nn.Module, ABC):
         """(teacher, student) probabilities (B, K) of two different views of each image; None if it has none."""
         return None
 
+    def probabilities(self, q_s: Tensor, z_t: Tensor, t: Progress) -> tuple[Tensor, Tensor] | None:
+        """What student and teacher embeddings (B, P) predict, for methods that have probabilities."""
+        return None
+
 
 class Tower(nn.Module):
     """One branch: encoder, projector, and whatever else must be averaged with them."""
@@ -98,17 +101,12 @@ class Tower(nn.Module):
 
     def project(self, tokens: list[Tokens]) -> Tensor:
         """(V, B, P): the projected global token of every view."""
-        return per_view(self.projector, [x.global_token for x in tokens])
+        return self.projector(torch.stack([x.global_token for x in tokens]))
 
 
 def unmasked(views: list[View]) -> list[View]:
     """The views with nothing hidden."""
     return [replace(v, mask=None if v.mask is None else torch.zeros_like(v.mask)) for v in views]
-
-
-def per_view(head: nn.Module, inputs: Iterable[Any]) -> Tensor:
-    """(B, D) or Tokens of each view -> (V, B, P), one call per view: BatchNorm's statistics are those of one view."""
-    return torch.stack([head(x) for x in inputs])
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -145,6 +143,7 @@ class Siamese(Protocol):
         ...
 
     def momentum(self, t: Progress) -> float: ...
+    def probabilities(self, q_s: Tensor, z_t: Tensor, t: Progress) -> tuple[Tensor, Tensor] | None: ...
 
 
 def ema_copy(student: M) -> M:

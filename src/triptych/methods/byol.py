@@ -17,7 +17,7 @@ from triptych.data.views import Views, ViewSpec
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP
 from triptych.losses import full_precision
-from triptych.methods.base import Carry, Method, Step, Tower, ema_copy, ema_update, per_view
+from triptych.methods.base import Carry, Method, Step, Tower, ema_copy, ema_update
 from triptych.schedules import Progress, cosine
 from triptych.tokens import Tokens
 
@@ -51,7 +51,7 @@ class BYOL(Method):
 
     def forward(self, views: Views, t: Progress) -> Step:
         S, T = self.encode(views, t)
-        q_s = per_view(self.predictor, self.student.project(S))
+        q_s = self.predictor(self.student.project(S))
         return self.global_loss(q_s, self.teacher.project(T), t)
 
     def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from triptych.data.views import MaskSpec, Views, ViewSpec
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP, Prototypes, init_linear
 from triptych.losses import masked_cross_entropy, other_views, prototype_cross_entropy, teacher_probabilities, unit
-from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_copy, ema_update, per_view
+from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_copy, ema_update, unmasked
 from triptych.schedules import Progress, cosine, epoch_warmup
 from triptych.tokens import Tokens, TokenSpec
 
@@ -45,6 +45,13 @@ class HSSLConfig(BaseModel):
     center_momentum: float = Field(default=0.9, ge=0, le=1)
     teacher_momentum: float = Field(default=0.996, ge=0, le=1)  # at step 0; cosine to 1
     freeze_prototypes: float = Field(default=1, ge=0)  # epochs
+
+    @field_validator("head_kernel")
+    @classmethod
+    def _odd(cls, kernel: int) -> int:
+        if kernel % 2 == 0:
+            raise ValueError("a kernel that keeps the grid's size is odd")
+        return kernel
 
 
 class ConvNeXtBlock(nn.Module):
@@ -139,7 +146,7 @@ class HSSL(Method):
 
     def project_head(self, tower: Tower, tokens: list[Tokens]) -> Tensor:
         """(V, B, P): the projected head token of every view."""
-        return per_view(tower.get_submodule("head_projector"), [cast(Tensor, x.aux)[:, -1] for x in tokens])
+        return tower.get_submodule("head_projector")(torch.stack([cast(Tensor, x.aux)[:, -1] for x in tokens]))
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """½ ℓ.  q_s (Vs, B, P), z_t (Vt, B, P); teacher and student view v are one crop."""
@@ -189,8 +196,12 @@ class HSSL(Method):
     @torch.no_grad()
     def predictions(self, views: Views, t: Progress) -> tuple[Tensor, Tensor]:
         """The teacher's head on one view, the student's class token on the other."""
-        S, T = self.encode(Views([views.global_crops[-1], views.global_crops[0]], []), t)
-        u_s, u_t = unit(self.student.project(S[:1])[0]), unit(self.project_head(self.teacher, T[1:])[0])
-        p_t = teacher_probabilities(u_t, self.teacher.prototypes.weight, self.center, self.teacher_temp(t))
+        first, second = unmasked([views.global_crops[0], views.global_crops[-1]])
+        S, T = self.encode(Views([second, first], []), t)
+        return self.probabilities(self.student.project(S[:1])[0], self.project_head(self.teacher, T[1:])[0], t)
+
+    def probabilities(self, q_s: Tensor, z_t: Tensor, t: Progress) -> tuple[Tensor, Tensor]:
+        """(B, P), (B, P) -> (teacher, student) probabilities (B, K)."""
+        p_t = teacher_probabilities(unit(z_t), self.teacher.prototypes.weight, self.center, self.teacher_temp(t))
         zero = torch.zeros_like(self.center)
-        return p_t, teacher_probabilities(u_s, self.student.prototypes.weight, zero, self.config.student_temp)
+        return p_t, teacher_probabilities(unit(q_s), self.student.prototypes.weight, zero, self.config.student_temp)

@@ -18,8 +18,8 @@ from triptych.data.views import Views, ViewSpec
 from triptych.distributed import all_gather
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP
-from triptych.losses import full_precision, unit
-from triptych.methods.base import Carry, Method, Step, Tower, ema_copy, ema_update, per_view
+from triptych.losses import similarity, unit
+from triptych.methods.base import Carry, Method, Step, Tower, ema_copy, ema_update
 from triptych.schedules import Progress, ahead, cosine
 from triptych.tokens import Tokens
 
@@ -61,7 +61,7 @@ class MoBY(Method):
 
     def forward(self, views: Views, t: Progress) -> Step:
         S, T = self.encode(views, t)
-        q_s = per_view(self.predictor, self.student.project(S))
+        q_s = self.predictor(self.student.project(S))
         return self.global_loss(q_s, self.teacher.project(T), t)
 
     def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
@@ -75,7 +75,7 @@ class MoBY(Method):
 
     def contrast(self, q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
         """q, k (B, P) of unit length, queue (Q, P)"""
-        logits = torch.cat([(q * k).sum(-1, keepdim=True), full_precision(q @ queue.T)], 1) / self.config.temperature
+        logits = torch.cat([(q * k).sum(-1, keepdim=True), similarity(q, queue)], 1) / self.config.temperature
         return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
     def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor, views: Views, t: Progress) -> Step:

@@ -19,8 +19,8 @@ from triptych.data.views import Views, ViewSpec
 from triptych.distributed import all_gather, rank
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP
-from triptych.losses import full_precision, unit
-from triptych.methods.base import Carry, Method, Step, Tower, ema_copy, ema_update, per_view
+from triptych.losses import similarity, unit
+from triptych.methods.base import Carry, Method, Step, Tower, ema_copy, ema_update
 from triptych.schedules import Progress, ahead, cosine
 from triptych.tokens import Tokens
 
@@ -57,7 +57,7 @@ class MoCoV3(Method):
 
     def forward(self, views: Views, t: Progress) -> Step:
         S, T = self.encode(views, t)
-        q_s = per_view(self.predictor, self.student.project(S))
+        q_s = self.predictor(self.student.project(S))
         return self.global_loss(q_s, self.teacher.project(T), t)
 
     def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
@@ -72,7 +72,7 @@ class MoCoV3(Method):
         """(1): q, k (B, P) of this process."""
         keys, tau = all_gather(unit(k)), self.config.temperature
         own = torch.arange(len(q), device=q.device) + len(q) * rank()
-        return 2 * tau * F.cross_entropy(full_precision(unit(q) @ keys.T) / tau, own)
+        return 2 * tau * F.cross_entropy(similarity(unit(q), keys) / tau, own)
 
     def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor, views: Views, t: Progress) -> Step:
         return Step(0.0, {})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from triptych.data.views import Views, ViewSpec
 from triptych.encoders.base import Encoder
 from triptych.ensemble import Ensemble, EnsembleConfig
-from triptych.methods.base import Carry, Method, Siamese, Step, Tower, ema_copy, ema_update, per_view
+from triptych.methods.base import Carry, Method, Siamese, Step, Tower, ema_copy, ema_update, unmasked
 from triptych.methods.byol import BYOL, BYOLConfig
 from triptych.methods.dino import DINO, DINOConfig
 from triptych.methods.hssl import HSSL, HSSLConfig
@@ -99,9 +99,9 @@ class MTE(Method):
         own = config.predictor == "own" and not isinstance(base.predictor, nn.Identity)
         self.aux_predictor = base.predictor.fresh() if own else None  # type: ignore[operator]
         if config.target == "own":  # nothing trains them
-            for module in (self.student_ensemble, self.aux_predictor):
-                if module is not None:
-                    module.requires_grad_(False)
+            for part in (self.student_ensemble, self.aux_predictor, encoder.aux_tokens):
+                if part is not None:
+                    part.requires_grad_(False)
 
     @property
     def encoder(self) -> Encoder:
@@ -118,22 +118,23 @@ class MTE(Method):
     def forward(self, views: Views, t: Progress) -> Step:
         base, (w_aux, w_distill) = self.base, self.config.weights
         S, T = base.encode(views, t)
-        z_g, z_a = base.student.project(S), per_view(self.student_ensemble, S)
-        q_g, q_a = per_view(base.predictor, z_g), per_view(self.aux_predictor or base.predictor, z_a)
+        z_g = base.student.project(S)
+        q_g = base.predictor(z_g)
         if self.config.target == "own":
             z_t = base.teacher.project(T)
-        else:
-            z_t = z_a[: len(T)] if self.teaches_itself else per_view(self.teacher_ensemble, T)
-        aux = base.global_loss(q_a, z_t, t)  # (4)
+            own = base.global_loss(q_g, z_t, t)
+            return Step(w_distill * own.loss, own.terms, own.carry) + base.other_losses(S, T, z_t, views, t)
+        z_a = self.student_ensemble(S)
+        z_t = z_a[: len(T)] if self.teaches_itself else self.teacher_ensemble(T)
+        aux = base.global_loss((self.aux_predictor or base.predictor)(z_a), z_t, t)  # (4)
         z_t = z_t.detach()  # of a method that teaches itself, the global token must not move the ensemble
         distill = base.global_loss(q_g, z_t, t).loss  # (5)
         if self.config.same_view:  # a mean over all V views, not the V − 1 other ones
             same = base.global_loss(q_g[: len(T)].flip(0), z_t, t).loss
             distill = (distill * (len(q_g) - 1) + same) / len(q_g)
-        other = base.other_losses(S, T, z_t, views, t)
         terms = {"ensemble": torch.as_tensor(aux.loss), "distill": torch.as_tensor(distill)}
         ensemble_and_global = Step(w_aux * aux.loss + w_distill * distill, terms, aux.carry)
-        return ensemble_and_global + other  # (6)
+        return ensemble_and_global + base.other_losses(S, T, z_t, views, t)  # (6)
 
     def after_backward(self, t: Progress) -> None:
         self.base.after_backward(t)
@@ -143,5 +144,10 @@ class MTE(Method):
         if not self.teaches_itself:
             ema_update(self.teacher_ensemble, self.student_ensemble, self.base.momentum(t))
 
+    @torch.no_grad()
     def predictions(self, views: Views, t: Progress) -> tuple[Tensor, Tensor] | None:
-        return self.base.predictions(views, t)
+        """The fused vector of the teacher on one view, the student's global token on the other."""
+        first, second = unmasked([views.global_crops[0], views.global_crops[-1]])
+        S, T = self.base.encode(Views([second, first], []), t)
+        z_t = (self.student_ensemble if self.teaches_itself else self.teacher_ensemble)(T[1:])[0]
+        return self.base.probabilities(self.base.predictor(self.base.student.project(S[:1]))[0], z_t, t)

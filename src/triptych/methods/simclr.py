@@ -6,7 +6,7 @@
 z = projector ∘ encoder, of unit length, of both views of every image of the batch over all processes.  No teacher.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from triptych.data.views import Views, ViewSpec
 from triptych.distributed import all_gather_grad, rank
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP
-from triptych.losses import full_precision, unit
+from triptych.losses import similarity, unit
 from triptych.methods.base import Method, Step, Tower
 from triptych.schedules import Progress
 from triptych.tokens import Tokens
@@ -42,8 +42,8 @@ class SimCLR(Method):
         super().__init__()
         self.config = c = config
         sizes = [encoder.width, *[c.hidden] * (c.layers - 1), c.embedding]
-        head = MLP(*sizes, activation="relu", norm=True, bias=False, last_bias=False, last_norm="scale", init="torch")
-        self.student = Tower(encoder, projector=head)
+        head: dict[str, Any] = {"activation": "relu", "norm": True, "joint": True, "bias": False, "last_bias": False}
+        self.student = Tower(encoder, projector=MLP(*sizes, **head, last_norm="scale", init="torch"))
         self.predictor = nn.Identity()
 
     @property
@@ -70,7 +70,7 @@ class SimCLR(Method):
         own = torch.arange(z.shape[1], device=z.device) + z.shape[1] * rank()
         loss = z.new_zeros(())
         for v in (0, 1):
-            other, same = (full_precision(z[v] @ keys[u].T) / self.config.temperature for u in (1 - v, v))
+            other, same = (similarity(z[v], keys[u]) / self.config.temperature for u in (1 - v, v))
             itself = F.one_hot(own, keys.shape[1]).bool()
             loss = loss + F.cross_entropy(torch.cat([other, same.masked_fill(itself, -torch.inf)], 1), own)
         return Step(loss, {"simclr": loss})

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from triptych.data.views import Views, ViewSpec
 from triptych.encoders.base import Encoder
 from triptych.ensemble import Ensemble, EnsembleConfig
+from triptych.errors import UserError
 from triptych.heads import init_linear
 from triptych.losses import full_precision
 from triptych.methods.base import Carry, Method, Step, ema_copy, ema_update
@@ -100,7 +101,7 @@ class Supervised(Method):
         if self.ensemble is None:
             loss = F.cross_entropy(o_g, y)
             return Step(loss, {"classes": loss})
-        o_a = full_precision(self.ensemble(tokens))  # (7)
+        o_a = full_precision(self.ensemble([tokens])[0])  # (7)
         if self.config.logits == "sum":
             o_a = o_a * self.ensemble.count
         aux, distill = F.cross_entropy(o_a, y), F.cross_entropy(o_g, o_a.detach().softmax(-1))
@@ -112,7 +113,9 @@ class Supervised(Method):
         assert self.config.classes
         if self.erase is not None:
             images = self.erase(images.clone())
-        if self.mix is not None and len(images) % 2 == 0:  # it mixes the batch with itself in reverse
+        if self.mix is not None:  # the batch with itself in reverse
+            if len(images) % 2:
+                raise UserError(f"mixup pairs images, and a process has {len(images)} of them: choose an even --batch")
             return self.mix(images.clone(), labels)
         off = self.config.label_smoothing / self.config.classes
         return images, F.one_hot(labels, self.config.classes) * (1 - self.config.label_smoothing) + off

@@ -16,7 +16,7 @@ from triptych.data.views import Views
 from triptych.distributed import all_gather, rank, world_size
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP
-from triptych.losses import full_precision, sinkhorn, unit
+from triptych.losses import similarity, sinkhorn, unit
 from triptych.methods.base import Carry, Method, Step, Tower
 from triptych.schedules import Progress
 from triptych.tokens import Tokens
@@ -52,7 +52,7 @@ class SwAV(Method):
     def __init__(self, encoder: Encoder, config: SwAVConfig):
         super().__init__()
         self.config = c = config
-        head = MLP(encoder.width, c.hidden, c.embedding, activation="relu", norm=True, init="torch")
+        head = MLP(encoder.width, c.hidden, c.embedding, activation="relu", norm=True, joint=True, init="torch")
         self.student = Tower(encoder, projector=head, prototypes=UnitPrototypes(c.embedding, c.prototypes))
         self.predictor = nn.Identity()
         self.register_buffer("queue", torch.zeros(2, c.queue, c.embedding))  # newest first
@@ -79,7 +79,7 @@ class SwAV(Method):
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """q_s (V, B, P): what predicts; z_t (2, B, P): what is assigned; view i of both is the same crop."""
         w, u_t = self.student.prototypes.weight, unit(z_t.detach())
-        log_p = (full_precision(unit(q_s) @ w.T) / self.config.temperature).log_softmax(-1)  # (V, B, K)
+        log_p = (similarity(unit(q_s), w) / self.config.temperature).log_softmax(-1)  # (V, B, K)
         losses = []
         for i in range(len(u_t)):
             code = self.codes(u_t[i], i)
@@ -93,8 +93,8 @@ class SwAV(Method):
         rows = u
         if self.config.queue and bool(self.queued >= self.config.queue):  # a full queue only
             # Every process brings its part of the queue: together they are one batch beside one queue.
-            rows = torch.cat([self.queue[view].chunk(world_size())[rank()].to(u), u])
-        scores = full_precision(rows @ self.student.prototypes.weight.T)
+            rows = torch.cat([self.queue[view].tensor_split(world_size())[rank()].to(u), u])
+        scores = similarity(rows, self.student.prototypes.weight)
         return sinkhorn(scores, self.config.epsilon, self.config.iterations)[-len(u) :]
 
     def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor, views: Views, t: Progress) -> Step:

@@ -212,10 +212,13 @@ class UDI(Method):
     @torch.no_grad()
     def predictions(self, views: Views, t: Progress) -> tuple[Tensor, Tensor]:
         S, T = self.student.encode(views.global_crops[-1:]), self.teacher.encode(views.global_crops[:1])
-        u_s, u_t = unit(self.student.project(S)[0]), unit(self.teacher.project(T)[0])
-        p_t = teacher_probabilities(u_t, self.teacher.prototypes.weight, self.center[CLASS], self.teacher_temp(t))
+        return self.probabilities(self.student.project(S)[0], self.teacher.project(T)[0], t)
+
+    def probabilities(self, q_s: Tensor, z_t: Tensor, t: Progress) -> tuple[Tensor, Tensor]:
+        """(B, P), (B, P) -> (teacher, student) probabilities (B, K)."""
+        p_t = teacher_probabilities(unit(z_t), self.teacher.prototypes.weight, self.center[CLASS], self.teacher_temp(t))
         zero = torch.zeros_like(self.center[CLASS])
-        return p_t, teacher_probabilities(u_s, self.student.prototypes.weight, zero, self.config.student_temp)
+        return p_t, teacher_probabilities(unit(q_s), self.student.prototypes.weight, zero, self.config.student_temp)
 
     def _sampled(self, tokens: Tokens, view: View) -> Tensor:
         """(B, M, D): the view's own sampled patches through the student's SRS."""

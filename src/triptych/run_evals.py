@@ -1,0 +1,94 @@
+"""`triptych eval tokens` and `eval classify`: protocols that need a whole run, not its encoder alone."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from triptych.commands import about_images, console, device, labelled_pair, report, say_unreadable, writable
+from triptych.data.sources import open_source, splits
+from triptych.encoders import Encoder
+from triptych.encoders.load import load_method
+from triptych.evals.classify import check_supervised, classify
+from triptych.evals.features import EvalTransform, labels_of, weights_hash
+from triptych.evals.token_analysis import COLUMNS
+from triptych.evals.tokens import Side, TokensResult, extract_tokens, measure_tokens
+from triptych.recipe import Recipe
+
+
+def eval_tokens(run: str, data: str, test: str | None, out: Path, *, weights, size, k: int, probe: bool) -> dict:
+    writable(out)
+    pair = labelled_pair(data, test)
+    recipe, method, name = load_method(run, weights)
+    side = Side.of(method.to(device()).eval(), weights == "student")
+    shown = "untrained" if weights == "untrained" else side.weights
+    transform = _transform(recipe, side.encoder, size)
+    train, held = (extract_tokens(side, source, transform, device=device()) for source in pair)
+    labels = []
+    for source, features in zip(pair, (train, held), strict=True):
+        say_unreadable(source, features.indices)
+        labels.append(labels_of(source, features.indices))
+    options: dict[str, Any] = {"prototypes": side.prototypes, "k": k, "probe": probe, "device": device()}
+    result = measure_tokens(train, labels[0], held, labels[1], **options)
+    kept = side.encoder.without("aux").without("mask")  # the encoder of eval knn and of exports
+    about = {"model": f"{name} ({shown})", "encoder": weights_hash(kept), "heads": kept.heads}
+    about |= about_images(pair) | {"size": transform.size, "resize": transform.resize, "recipe": recipe.name}
+    for table in token_tables(result, pair[1].classes or ()):
+        console.print(table)
+    if side.weights == "student" and weights == "teacher":
+        console.print("the ensemble of a supervised run has no average: all tokens are of the weights as trained")
+    same = "is the same to the last bit" if result.removal_is_exact else "is NOT the same"
+    console.print(f"without the auxiliary tokens the global token of every image {same}", highlight=False)
+    if not result.removal_is_exact:
+        sees = " (aux_sees uncut: other tokens attend to them)" if side.encoder.spec.aux_sees == "uncut" else ""
+        console.print(f"largest difference {result.removal_difference:.3g}{sees}", highlight=False)
+    table = Table("", "top-1 %", title=f"k-NN, k = {k}, {about['model']}")
+    for looked_at, top1 in result.knn.items():
+        table.add_row(looked_at, f"{top1:.2f}")
+    for looked_at, probed in result.linear.items():
+        table.add_row(f"linear probe, {looked_at}", f"{probed.top1:.2f}")
+    return report("tokens", asdict(result), about, table, out)
+
+
+def token_tables(result: TokensResult, classes: Sequence[str]) -> list[Table]:
+    """Each token beside the others; linear CKA; the accuracy on each class, where the classes are few."""
+    analysis, numbers = result.analysis, [str(i) for i in range(len(result.analysis.names))]
+    tables = [Table(*COLUMNS, title=f"tokens, k = {result.k}"), Table("", *numbers, title="linear CKA")]
+    for row in analysis.rows():
+        tables[0].add_row(*row)
+    for i, (name, row) in enumerate(zip(analysis.names, analysis.cka, strict=True)):
+        tables[1].add_row(f"{i} {name}", *("" if x is None else f"{x:.2f}" for x in row))
+    if len(classes) <= 20:
+        tables.append(Table("", *numbers, title="k-NN of each class, %"))
+        for label, column in zip(classes, zip(*analysis.per_class, strict=True), strict=False):
+            tables[2].add_row(label, *("" if x is None else f"{x:.0f}" for x in column))
+    return tables
+
+
+def eval_classify(run: str, data: str, test: str | None, out: Path, *, weights, size) -> dict:
+    writable(out)
+    own = splits(data) if test is None else labelled_pair(data, test)
+    source = own[1] if own else open_source(data)
+    recipe, method, name = load_method(run, weights)
+    supervised = check_supervised(method, source)
+    used = supervised.model if weights == "student" else supervised.classifier
+    transform = _transform(recipe, used.encoder, size)
+    result = classify(supervised, source, transform, average=weights != "student", device=device())
+    kind = "average of weights" if result.averaged else "weights as trained"
+    about = {"model": f"{name} ({weights})", "recipe": recipe.name}
+    about |= {"encoder": weights_hash(used.encoder.without("aux")), "heads": used.encoder.heads}
+    about |= {"test": {"name": source.name, "fingerprint": source.fingerprint()}, "size": transform.size}
+    table = Table("classifier", "top-1 %", "top-5 %", title=f"{result.images} images of {source.name}, {name}")
+    for token in result.top1:
+        what = f"global token, {kind}: what inference uses" if token == "global" else token
+        table.add_row(what, f"{result.top1[token]:.2f}", f"{result.top5[token]:.2f}")
+    return report("classify", asdict(result), about, table, out)
+
+
+def _transform(recipe: Recipe, encoder: Encoder, size: int | None) -> EvalTransform:
+    """Of the images that the run was trained on, at its size or another."""
+    pixels = size or recipe.views.global_size
+    encoder.grid(pixels, pixels)
+    return EvalTransform.of(pixels, recipe.views.mean, recipe.views.std)
