@@ -103,6 +103,15 @@ def test_a_measured_product_is_rows_times_columns_times_depth():
     assert measure(lambda: depthwise(torch.empty(1, 4, 6, 6, device="meta")))[0] == 4 * 36 * 9
 
 
+def test_prototypes_of_patches_are_a_part_of_their_own():
+    recipe, _ = resolve("ibot_small", None, {"method.patch_prototypes": 512})
+    part, shared = macs(cost(recipe)), macs(cost(RECIPES["ibot_small"]()))
+    embedding = recipe.method.embedding
+    assert part["prototypes of patches"] * G == 64 * 512 * embedding  # 8 x 8 patches
+    assert part["prototypes"] * G == RECIPES["ibot_small"]().method.prototypes * embedding
+    assert shared["prototypes"] == pytest.approx(65 * part["prototypes"])
+
+
 def test_another_size_is_measured_at_that_size_and_a_wrong_one_refused():
     recipe = RECIPES["dino_small"]()
     assert cost(recipe, 128).inference_macs > 4 * cost(recipe, 64).inference_macs  # attention grows faster

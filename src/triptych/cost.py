@@ -167,27 +167,13 @@ def _tower_parts(
     """-> what follows the encoder in the base method, the tokens with those that the base adds"""
     modules = dict(tower.named_children())
     macs, z = measure(lambda: tower.projector(x.global_token))
-    parts, compared, patches = [Part("global head", macs, count(tower.projector))], [z], None
+    parts, compared = [Part("global head", macs, count(tower.projector))], [z]
     if x.cls_plus is not None:
         macs, z_plus = measure(lambda: tower.projector(x.cls_plus))
         parts.append(Part("global head on class+", macs))
         compared.append(z_plus)
-    if "srs" in modules:
-        places = len(stratified_sample(cast(tuple[int, int], x.grid), window, np.random.default_rng(0)))
-        at = x.patch.new_empty(1, places, x.patch.shape[1])
-        macs, patches = measure(lambda: tower.srs(x.patch_raw, at))
-        parts.append(Part(f"SRS, {places} sampled patches", macs, count(tower.srs)))
-        notes.append(f"UDI's student projects the {places} patches that are sampled of a global crop.")
-    elif tower.encoder.spec.mask:  # methods that hide patches project them
-        patches = x.patch
-        notes.append(
-            f"All {patches.shape[1]} patches are counted through head and prototypes, as the paper counts; here the "
-            "student projects the masked ones only."
-        )
-    z_patch = None
-    if patches is not None:
-        macs, z_patch = measure(lambda: tower.projector(patches))
-        parts.append(Part(f"global head on {patches.shape[1]} patches", macs))
+    more, z_patch = _patch_parts(tower, x, window, notes)
+    parts += more
     if "head" in modules:
         macs, token = measure(lambda: modules["head"](x))
         parts.append(Part("convolutional head", macs, count(modules["head"])))
@@ -195,19 +181,39 @@ def _tower_parts(
         parts.append(Part("convolutional head's projector", macs, count(modules["head_projector"])))
         compared.append(z_head)
         x = replace(x, aux=token[:, None] if x.aux is None else torch.cat([x.aux, token[:, None]], 1))
-    own_set = "patch_prototypes" in modules
-    if z_patch is not None and not own_set:
+    own_set = modules.get("patch_prototypes")
+    if z_patch is not None and own_set is None:
         compared.append(z_patch)
     if "prototypes" in modules:
         macs, _ = measure(lambda: [F.linear(u, tower.prototypes.weight) for u in compared])
         parts.append(Part("prototypes", macs, count(tower.prototypes)))
-    if z_patch is not None and own_set:
-        macs, _ = measure(lambda: F.linear(z_patch, cast(Tensor, modules["patch_prototypes"].weight)))
-        parts.append(Part("prototypes of patches", macs, count(modules["patch_prototypes"])))
+    if z_patch is not None and own_set is not None:
+        macs, _ = measure(lambda: F.linear(z_patch, cast(Tensor, own_set.weight)))
+        parts.append(Part("prototypes of patches", macs, count(own_set)))
     if not isinstance(predictor, nn.Identity):
         macs, _ = measure(lambda: predictor(z))
         parts.append(Part("predictor", macs, count(predictor)))
     return parts, x
+
+
+def _patch_parts(tower: Tower, x: Tokens, window: int, notes: list[str]) -> tuple[list[Part], Tensor | None]:
+    """-> parts and embeddings (1, M, P) of the patches that the method projects; None where it projects none"""
+    parts, patches = [], x.patch
+    if hasattr(tower, "srs"):
+        places = len(stratified_sample(cast(tuple[int, int], x.grid), window, np.random.default_rng(0)))
+        at = x.patch.new_empty(1, places, x.patch.shape[1])
+        macs, patches = measure(lambda: tower.srs(x.patch_raw, at))
+        parts.append(Part(f"SRS, {places} sampled patches", macs, count(tower.srs)))
+        notes.append(f"UDI's student projects the {places} patches that are sampled of a global crop.")
+    elif tower.encoder.spec.mask:  # methods that hide patches project them
+        notes.append(
+            f"All {patches.shape[1]} patches are counted through head and prototypes, as the paper counts; here the "
+            "student projects the masked ones only."
+        )
+    else:
+        return [], None
+    macs, z_patch = measure(lambda: tower.projector(patches))
+    return [*parts, Part(f"global head on {patches.shape[1]} patches", macs)], z_patch
 
 
 def _ensemble_parts(ensemble: Ensemble, x: Tokens) -> tuple[list[Part], Tensor]:

@@ -15,13 +15,14 @@ class Encoder(nn.Module, ABC):
     """images (B, 3, H, W) -> Tokens.  H and W are any multiples of `patch_size`."""
 
     spec: TokenSpec
+    positions: str  # beside the weights, what decides the tokens: part of the key of cached features
     mask_token: nn.Parameter | None
     aux_tokens: nn.Parameter | None
 
     @property
     @abstractmethod
     def trunk(self) -> nn.Module:
-        """The timm model inside: its weights under timm's names are what is exported."""
+        """The timm model inside, whose weights are exported."""
 
     @property
     @abstractmethod

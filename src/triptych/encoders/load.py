@@ -87,10 +87,10 @@ def load_method(model: str | Path, weights: Weights = "teacher") -> "tuple[Recip
     if weights == "untrained":
         return recipe, build_method(recipe), f"{path}"
     method = build_method(recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"weights": None})}))
-    files = [file] if file else [*(folder / "checkpoints").glob("step_*.pt")]
-    if not files:
+    steps = checkpoint.steps(folder / "checkpoints")
+    if file is None and not steps:
         raise UserError(f"{folder} has no checkpoint yet")
-    state = checkpoint.load(max(files))
+    state = checkpoint.load(file or checkpoint.path_of(folder / "checkpoints", steps[-1]))
     method.load_state_dict(state["method"])
     return recipe, method, f"{path}@{state['step']}"
 
@@ -98,8 +98,7 @@ def load_method(model: str | Path, weights: Weights = "teacher") -> "tuple[Recip
 def _of_run(model: Path, weights: Weights) -> Loaded:
     recipe, method, name = load_method(model, weights)
     trained: Any = getattr(method, "student", None) or getattr(method, "model", method)
-    encoder = (trained if weights == "student" else method).encoder.requires_grad_(False)
-    encoder = encoder.without("aux").without("mask")  # only training needs them
+    encoder = (trained if weights == "student" else method).encoder.requires_grad_(False).without("aux").without("mask")
     return Loaded(encoder.eval(), f"{name} ({weights})", recipe.views.global_size, recipe.views.mean, recipe.views.std)
 
 
