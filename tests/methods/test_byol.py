@@ -1,5 +1,6 @@
 """BYOL: the equations as loops, and the numbers of the authors' code (deepmind-research/byol f5de0ed, JAX)."""
 
+import pytest
 import torch
 from toy import ToyEncoder, assert_all_close, grads, group, layer, load, view
 
@@ -91,3 +92,10 @@ def test_three_training_steps_equal_the_authors(golden):
         assert_all_close(method.state_dict(), group(g, f"step{i}.online_after.", online_name), 1e-9, f"online {i}")
         target = group(g, f"step{i}.target_after.", tower_name)
         assert_all_close(method.teacher.state_dict(), target, 1e-9, f"target {i}")
+
+
+def test_the_update_after_a_step_has_that_steps_momentum(golden):
+    g = golden("byol_schedules")
+    method = BYOL(ToyEncoder(2, 2), SMALL.model_copy(update={"teacher_momentum": float(g["cfg.ema0"])}))
+    for step, momentum in zip(g["step"].tolist(), g["ema"].tolist(), strict=True):
+        assert method.momentum(Progress(step, int(g["cfg.max_steps"]))) == pytest.approx(momentum, abs=1e-12)

@@ -82,3 +82,14 @@ def test_three_training_steps_equal_the_authors(golden):
         optimizer.zero_grad(set_to_none=True)
         assert_all_close(method.state_dict(), group(g, f"step{i}.state_after.", name), 1e-9, f"state {i}")
         method.update([out.carry], t)
+
+
+def test_the_update_after_a_step_has_the_next_steps_momentum(golden):
+    """The authors': moved before the keys of the step at this (fractional) epoch."""
+    g = golden("mocov3_schedules")
+    config, epochs = SMALL.model_copy(update={"teacher_momentum": float(g["cfg.ema0"])}), int(g["cfg.epochs"])
+    method = MoCoV3(ToyEncoder(2, 2), config)
+    for epoch, momentum in zip(g["epoch"].tolist(), g["ema"].tolist(), strict=True):
+        if epoch:
+            before = Progress(round(epoch * 100) - 1, epochs * 100, 100)
+            assert method.momentum(before) == pytest.approx(momentum, abs=1e-12)

@@ -130,7 +130,7 @@ def measure_tokens(
     probe: bool = False,
     device: torch.device | str = "cpu",
 ) -> TokensResult:
-    """probe: linear classifiers too, on the global token and on all auxiliary ones side by side, each of unit length.
+    """probe: linear classifiers too, on the global token, the fused vector, and all auxiliary tokens side by side.
 
     device: where neighbours are searched.
     """
@@ -156,7 +156,7 @@ def measure_tokens(
         k=k,
     )
     accuracy |= dict(zip(analysis.names[1:], analysis.knn[1:], strict=True))
-    probed = ("global after removal", "auxiliary tokens concatenated") if probe else ()
+    probed = ("global after removal", "fused embedding", "auxiliary tokens concatenated") if probe else ()
     difference = max((x.before - x.after).abs().max().item() for x in (train, test))
     return TokensResult(
         k=k,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from triptych.encoders import SwinConfig
-from triptych.methods import MTEConfig
+from triptych.methods import HSSLConfig, MTEConfig
 from triptych.recipe import Recipe
 from triptych.recipes import contrastive, dino, ibot, udi
 
@@ -38,6 +38,8 @@ def mte(recipe: Recipe, **options) -> Recipe:
     """The recipe with MTE over its method; on a Swin without auxiliary class tokens, for which it has no place."""
     if isinstance(recipe.encoder, SwinConfig):
         options = {"aux": 0} | options
+    if isinstance(recipe.method, HSSLConfig):
+        options = {"weights": (2.0, 1.0)} | options  # its loss between global tokens counts half: (4) is to count whole
     wrapped = MTEConfig(base=recipe.method, **options)  # type: ignore[arg-type]
     return recipe.model_copy(update={"name": f"mte_{recipe.name}", "method": wrapped})
 
