@@ -69,7 +69,7 @@ def test_tokens_of_a_run_in_a_process_of_its_own(place):
     assert row["knn"]["global before removal"] == row["knn"]["global after removal"]
     assert row["analysis"]["names"] == ["global", "aux 0", "aux 1", "pooled 0"]
     assert row["analysis"]["nmi"] is not None
-    assert set(row["linear"]) == {"global after removal", "auxiliary tokens concatenated"}
+    assert set(row["linear"]) == {"global after removal", "fused embedding", "auxiliary tokens concatenated"}
 
 
 def test_the_global_token_of_eval_tokens_is_what_eval_knn_measures(here):
