@@ -38,12 +38,16 @@ def eval_tokens(run: str, data: str, test: str | None, out: Path, *, weights, si
     for table in token_tables(result, pair[1].classes or ()):
         console.print(table)
     if side.weights == "student" and weights == "teacher":
-        console.print("the ensemble of a supervised run has no average: all tokens are of the weights as trained")
+        console.print(
+            "the ensemble of a supervised run has no average: all tokens are of the weights as trained", soft_wrap=True
+        )
     same = "is the same to the last bit" if result.removal_is_exact else "is NOT the same"
-    console.print(f"without the auxiliary tokens the global token of every image {same}", highlight=False)
+    console.print(
+        f"without the auxiliary tokens the global token of every image {same}", highlight=False, soft_wrap=True
+    )
     if not result.removal_is_exact:
         sees = " (aux_sees uncut: other tokens attend to them)" if side.encoder.spec.aux_sees == "uncut" else ""
-        console.print(f"largest difference {result.removal_difference:.3g}{sees}", highlight=False)
+        console.print(f"largest difference {result.removal_difference:.3g}{sees}", highlight=False, soft_wrap=True)
     table = Table("", "top-1 %", title=f"k-NN, k = {k}, {about['model']}")
     for looked_at, top1 in result.knn.items():
         table.add_row(looked_at, f"{top1:.2f}")
