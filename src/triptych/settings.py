@@ -161,5 +161,8 @@ def _readable(error: ValidationError, origin: dict[str, str]) -> str:
         name = ".".join(p for p in path if not p.isdigit())
         where = origin.get(name, "recipe")
         said = problem["msg"].removeprefix("Value error, ")
-        lines.append(f"{where}: {name} = {problem['input']!r}: {said[0].lower()}{said[1:]}")
+        if problem["type"] == "tuple_type":
+            said = f"a list is needed, of a single value [{problem['input']}]"
+        given = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"  # settings at odds: `said` tells
+        lines.append(f"{where}: {name}{given}: {said[0].lower()}{said[1:]}")
     return "\n".join(lines)

@@ -66,7 +66,7 @@ class MTEConfig(EnsembleConfig):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if not self.aux + self.pooled:
-            raise ValueError("MTE needs auxiliary tokens: aux or pooled above 0")
+            raise ValueError("auxiliary tokens are needed: aux or pooled above 0")
         if self.target == "own" and self.weights[0]:
             # Centre and queue hold one kind of target.
             raise ValueError("target own is a control without the auxiliary loss: weights 0 1")
