@@ -116,7 +116,7 @@ def test_mte_refuses_what_has_no_loss_between_two_views(base):
 
 
 def test_settings_at_odds_and_single_values_of_lists_are_said_plainly():
-    with pytest.raises(UserError, match="^recipe: method: auxiliary tokens are needed") as error:
+    with pytest.raises(UserError, match=r"^recipe: method: auxiliary tokens are needed") as error:
         resolve("mte_dino_small", None, {"method.aux": 0, "method.pooled": 0})
     assert "{" not in str(error.value)
     with pytest.raises(UserError, match=r"mask_ratios = 0\.9: a list is needed, of a single value \[0\.9\]"):

@@ -163,6 +163,7 @@ def _readable(error: ValidationError, origin: dict[str, str]) -> str:
         said = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "tuple_type":
             said = f"a list is needed, of a single value [{problem['input']}]"
-        given = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"  # settings at odds: `said` tells
+        # Settings at odds with each other come with all of them as input: what is said names those that matter.
+        given = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
         lines.append(f"{where}: {name}{given}: {said[0].lower()}{said[1:]}")
     return "\n".join(lines)
