@@ -265,6 +265,8 @@ def _process(rank: int, folder: str) -> None:
             optimizer.zero_grad(set_to_none=True)
             method.update([out.carry], t)
         torch.save(method.state_dict(), f"{folder}/{case}.{rank}.pt")
+        if rank == 0:  # health is measured there alone: nothing in it may wait for the other process
+            method.predictions(random_views(2), T)
     _golden_centres(rank, folder)
     torch.distributed.destroy_process_group()
 

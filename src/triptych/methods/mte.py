@@ -147,6 +147,9 @@ class MTE(Method):
     @torch.no_grad()
     def predictions(self, views: Views, t: Progress) -> tuple[Tensor, Tensor] | None:
         """The fused vector of the teacher on one view, the student's global token on the other."""
+        if type(self.base).probabilities is Method.probabilities:
+            # Health is measured on one process alone, where the BatchNorm of other methods' heads would wait for ever.
+            return None
         first, second = unmasked([views.global_crops[0], views.global_crops[-1]])
         S, T = self.base.encode(Views([second, first], []), t)
         z_t = (self.student_ensemble if self.teaches_itself else self.teacher_ensemble)(T[1:])[0]
