@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from triptych.encoders.base import Encoder
 from triptych.encoders.vit import attention
 from triptych.heads import init_linear
+from triptych.losses import full_precision
 from triptych.tokens import AuxSees, Tokens, TokenSpec
 
 
@@ -94,7 +95,7 @@ class AdaptivePooling(nn.Module):
         a = self.depthwise(a.repeat(1, c.pooled, 1, 1) if c.pool_pointwise == "shared" else a)
         a = a if self.to_map is None else self.to_map(a)
         a = a.unflatten(1, (c.pooled, -1)).flatten(3)
-        return a.float().softmax(-1).to(a.dtype) * a.shape[-1] if c.pool_softmax else a
+        return full_precision(a).softmax(-1).to(a.dtype) * a.shape[-1] if c.pool_softmax else a
 
     def forward(self, patch: Tensor, grid: tuple[int, int]) -> Tensor:
         return (self.weights(patch, grid) * patch.transpose(1, 2)[:, None]).mean(-1)
