@@ -11,7 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from triptych.data.views import View, Views
 from triptych.encoders.swin import SwinConfig
 from triptych.encoders.swin import build as build_swin
-from triptych.encoders.vit import ViT, init_encoder
+from triptych.encoders.vit import ViT
+from triptych.encoders.vit_init import init_vit
 from triptych.tokens import TokenSpec
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -45,7 +46,7 @@ def tiny_encoder(spec: TokenSpec, *, image=16, patch=4, width=12, depth=2, heads
         drop_path_rate=drop_path,
     )
     encoder = ViT(vit, spec, **options)
-    init_encoder(encoder)
+    init_vit(vit)
     return encoder
 
 

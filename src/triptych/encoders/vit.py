@@ -17,8 +17,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from triptych.encoders.base import Encoder
+from triptych.encoders.vit_init import fix_positions, init_vit
 from triptych.errors import UserError, nearest
-from triptych.heads import init_linear
 from triptych.tokens import Tokens, TokenSpec
 
 
@@ -258,61 +258,6 @@ def _rest_of_block(block: Block, x: Tensor, update: Tensor) -> Tensor:
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
-def init_encoder(encoder: ViT, init: Literal["dino", "xavier", "mocov3"] = "dino") -> None:
-    """DINO's start: class tokens, positions and linear weights truncated-normal σ 0.02, biases 0, norms 1 and 0.
-
-    The patch projection keeps PyTorch's default.  "xavier": the blocks' linear weights Xavier-uniform instead.
-    "mocov3": also queries, keys and values as three matrices, the patch projection as one matrix, class token σ 1e-6.
-    """
-    vit = encoder.vit
-    init_linear(vit.blocks)
-    if init != "dino":
-        for module in vit.blocks.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-    for token in (vit.cls_token, vit.reg_token, vit.pos_embed):
-        if token is not None:
-            nn.init.trunc_normal_(token, std=0.02)
-    vit.patch_embed.proj.reset_parameters()
-    if init == "mocov3":
-        for block in encoder.blocks:
-            bound = (6 / (2 * encoder.width)) ** 0.5
-            nn.init.uniform_(_attn(block).qkv.weight, -bound, bound)
-        kernel = cast(nn.Conv2d, vit.patch_embed.proj)
-        bound = (6 / (kernel.weight[0].numel() + encoder.width)) ** 0.5
-        nn.init.uniform_(kernel.weight, -bound, bound)
-        nn.init.zeros_(cast(nn.Parameter, kernel.bias))
-        if vit.cls_token is not None:
-            nn.init.normal_(vit.cls_token, std=1e-6)
-
-
-def sincos_table(grid: tuple[int, int], width: int) -> Tensor:
-    """(N, D) float64: sines and cosines of the row in the first half of the channels, of the column in the second.
-
-    (The reverse of MAE's order: the authors of MoCo v3 build the grid with the other indexing.)
-    """
-    if width % 4:
-        raise UserError(f"sine-cosine positions need a width that 4 divides, not {width}")
-    rate = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    angles = [axis.reshape(-1, 1) * rate for axis in axes]
-    return torch.cat([part for x in angles for part in (x.sin(), x.cos())], 1)
-
-
-def _fix(encoder: ViT, config: ViTConfig) -> None:
-    """Parameters that are not trained."""
-    vit = encoder.vit
-    if config.freeze_patches:
-        vit.patch_embed.proj.requires_grad_(False)
-    if config.position_table == "sincos":
-        table = cast(nn.Parameter, vit.pos_embed)
-        slots = table.shape[1] - vit.patch_embed.num_patches
-        with torch.no_grad():
-            table.zero_()  # prefix tokens have no place
-            table[:, slots:] = sincos_table(vit.patch_embed.grid_size, encoder.width)
-        table.requires_grad_(False)
-
-
 def build(config: ViTConfig, spec: TokenSpec, image_size: int | None = None) -> ViT:
     """A freshly initialised encoder (config.weights is loaded by `encoders.load`).
 
@@ -344,6 +289,9 @@ def build(config: ViTConfig, spec: TokenSpec, image_size: int | None = None) -> 
     except (TypeError, AssertionError) as error:
         raise UserError(f"timm cannot build {config.arch} with {options}: {error}") from error
     encoder = ViT(vit, spec, config.positions)  # type: ignore[arg-type]
-    init_encoder(encoder, config.init)
-    _fix(encoder, config)
+    init_vit(encoder.vit, config.init)
+    if config.freeze_patches:
+        encoder.vit.patch_embed.proj.requires_grad_(False)
+    if config.position_table == "sincos":
+        fix_positions(encoder.vit)
     return encoder
