@@ -36,7 +36,8 @@ def main() -> None:
     options, extra = parser.parse_known_args()
     train_data, val_data = (str(options.data / f"{split}.zip") for split in ("train", "val"))
     words = [*BUDGET, "--epochs", str(options.epochs), *extra]
-    trained = train_side_by_side(("dino_small", "udi_small"), train_data, options.out, words)
+    runs = {name: ["--recipe", name, *words] for name in ("dino_small", "udi_small")}
+    trained = train_side_by_side(runs, train_data, options.out)
     rows = []
     for name, (minutes, images_per_second) in trained.items():
         for which in ("untrained", "teacher"):
@@ -46,31 +47,21 @@ def main() -> None:
     report(rows, options, words)
 
 
-def train_side_by_side(
-    names: tuple[str, ...], data: str, out: Path, words: list[str]
-) -> dict[str, tuple[float, float]]:
-    """All runs at the same time, each on its share of the cores.  -> minutes and images/s of each"""
-    threads = max(1, (os.cpu_count() or 1) // len(names))
+def train_side_by_side(runs: dict[str, list[str]], data: str, out: Path) -> dict[str, tuple[float, float]]:
+    """All runs at the same time, each on its share of the cores: words of `triptych train` by folder under `out`.
+
+    -> minutes and images/s of each
+    """
+    threads = max(1, (os.cpu_count() or 1) // len(runs))
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    runs = {}
-    for name in names:
-        command = [
-            sys.executable,
-            "-m",
-            "triptych",
-            "train",
-            "--recipe",
-            name,
-            "--data",
-            data,
-            "--out",
-            str(out / name),
-        ]
-        runs[name] = subprocess.Popen([*command, *words], env=environment)
+    command = [sys.executable, "-m", "triptych", "train", "--data", data, "--out"]
+    running = {
+        name: subprocess.Popen([*command, str(out / name), *words], env=environment) for name, words in runs.items()
+    }
     trained: dict[str, tuple[float, float]] = {}
-    while len(trained) < len(runs):
+    while len(trained) < len(running):
         time.sleep(1)
-        for name, run in runs.items():
+        for name, run in running.items():
             if run.poll() is not None and name not in trained:
                 if run.returncode:
                     sys.exit(f"{name} ended with exit code {run.returncode}")

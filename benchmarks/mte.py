@@ -46,7 +46,8 @@ def main() -> None:
     for base in options.bases:
         epochs = options.epochs or EPOCHS[base]
         words = [*SIZE, *BUDGET[base], "--loader.workers", str(options.workers), "--epochs", str(epochs), *extra]
-        trained = train_side_by_side((base, f"mte_{base}"), data[0], options.out, words)
+        pair = {name: ["--recipe", name, *words] for name in (base, f"mte_{base}")}
+        trained = train_side_by_side(pair, data[0], options.out)
         commits = {name: json.loads((options.out / name / "run.json").read_text())["commit"] for name in trained}
         notes += ["", f"{base}: `{' '.join(words)}`; commits on which training began `{json.dumps(commits)}`."]
         out = options.out / "results.jsonl"

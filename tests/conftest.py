@@ -102,12 +102,18 @@ def random_views(
         box = torch.where(flip[:, None], box[:, [0, 3, 2, 1]], box)
         samples = [stratified_sample((side // patch,) * 2, window, rng) for _ in range(images)]
         pixels = torch.randn(images, 3, side, side, generator=g, dtype=dtype)
-        mask = None
+        mask = keep = corrupted = pixel_mask = None
         if masked:  # one image without a hidden patch
             mask = torch.rand(images, (side // patch) ** 2, generator=g) < 0.4
             mask[0] = False
+            patches = mask.shape[1]
+            keep = torch.stack([torch.randperm(patches, generator=g)[: patches * 5 // 8].sort()[0] for _ in mask])
+            pixel_mask = torch.rand(images, side, side, generator=g) < 0.5
+            noise = torch.randn(images, 3, side, side, generator=g, dtype=dtype)
+            corrupted = torch.where(pixel_mask[:, None], noise, pixels)
         drawn = torch.from_numpy(np.stack(samples))
-        return View(pixels, box, torch.full((images, 2), 0.01, dtype=dtype), drawn, mask)
+        pixel = torch.full((images, 2), 0.01, dtype=dtype)
+        return View(pixels, box, pixel, drawn, mask, keep, corrupted, pixel_mask)
 
     crops = [view(size, windows[0], masked=True) for _ in range(2)], [view(local, windows[1]) for _ in range(n_local)]
     return Views(*crops, labels=torch.arange(images) % 3)

@@ -47,13 +47,14 @@ class MLP(nn.Sequential):
 
     norm: BatchNorm before each activation, whose batch is one view or, if joint, all V.  last_norm: what follows the
     last linear layer, BatchNorm without scale and offset ("plain", MoCo v3) or with scale only ("scale", SimCLR).
-    init: "dino" = truncated normal, σ 0.02, biases 0; "torch" = PyTorch's own.
+    init: "dino" = truncated normal, σ 0.02, biases 0; "torch" = PyTorch's own.  activation "relu+gelu": ReLU after the
+    first layer, GELU after the others (SiT).
     """
 
     def __init__(
         self,
         *sizes: int,
-        activation: Literal["gelu", "relu"] = "gelu",
+        activation: Literal["gelu", "relu", "relu+gelu"] = "gelu",
         norm: bool = False,
         joint: bool = False,
         bias: bool = True,
@@ -68,7 +69,8 @@ class MLP(nn.Sequential):
             last = i == len(sizes) - 2
             layers.append(nn.Linear(a, b, bias=last_bias if last else bias))
             if not last:
-                layers += [BatchNorm(b)] * norm + [nn.GELU() if activation == "gelu" else nn.ReLU()]
+                relu = activation == "relu" or (activation == "relu+gelu" and i == 0)
+                layers += [BatchNorm(b)] * norm + [nn.ReLU() if relu else nn.GELU()]
         if last_norm != "none":
             layers.append(BatchNorm(sizes[-1], affine=last_norm == "scale"))
         super().__init__(*layers)
@@ -88,6 +90,31 @@ class MLP(nn.Sequential):
     def fresh(self) -> "MLP":
         """The same architecture with new weights."""
         return MLP(*self.sizes, **self.options)
+
+
+def sit_head(width: int, hidden: int, embedding: int, *, norm: bool = True) -> MLP:
+    """The three-layer head of SiT and MMC: BatchNorm over all views, also after the last layer; or GELU alone."""
+    if not norm:
+        return MLP(width, hidden, hidden, embedding)
+    return MLP(width, hidden, hidden, embedding, activation="relu+gelu", norm=True, joint=True, last_norm="plain")
+
+
+class PixelHead(nn.Module):
+    """Patch tokens (B, N, D) on a grid -> images (B, 3, H, W): linear layers with GELU, then pixels of each token.
+
+    SiT's and GMML's: three layers of the encoder's width; MC-SSL's: two.
+    """
+
+    def __init__(self, width: int, patch_size: int, layers: int = 3, hidden: int | None = None):
+        super().__init__()
+        sizes = [width] + [hidden or width] * layers
+        pairs = itertools.pairwise(sizes)
+        self.mlp = nn.Sequential(*(m for a, b in pairs for m in (nn.Linear(a, b), nn.GELU())))
+        self.pixels = nn.ConvTranspose2d(sizes[-1], 3, patch_size, patch_size)
+        init_linear(self)
+
+    def forward(self, patch: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.pixels(self.mlp(patch).transpose(1, 2).unflatten(2, grid))
 
 
 class Prototypes(nn.Module):

@@ -1,10 +1,12 @@
 """Pure functions that methods share: no parameters, no buffers, no side effects."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triptych.distributed import all_mean
+from triptych.distributed import all_gather, all_mean, rank
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -76,6 +78,27 @@ def other_views(teachers: int, students: int, images: int, like: Tensor) -> Tens
     """
     pairs = 1 - torch.eye(teachers, students, device=like.device, dtype=full_precision(like).dtype)
     return (pairs / (pairs.sum() * images))[..., None]
+
+
+def contrast(q: Tensor, k: Tensor, temperature: float) -> Tensor:
+    """InfoNCE: −mean_b log softmax_b'( q_b·k_b'/τ )[b], the embeddings put to unit length.
+
+    q, k (B, P) of this process; the keys of all processes are compared, without gradient.
+    """
+    keys = all_gather(unit(k))
+    own = torch.arange(len(q), device=q.device) + len(q) * rank()
+    return F.cross_entropy(similarity(unit(q), keys) / temperature, own)
+
+
+def masked_error(x: Tensor, target: Tensor, pixel_mask: Tensor, kind: Literal["l1", "l2"] = "l1") -> Tensor:
+    """Mean absolute or squared error over the replaced pixels of the whole batch; 0 where nothing is replaced.
+
+    x, target (B, 3, H, W), pixel_mask (B, H, W) bool.
+    """
+    difference = full_precision(x) - target
+    error = difference.abs() if kind == "l1" else difference.square()
+    hidden = pixel_mask[:, None].to(error.dtype)
+    return (error * hidden).sum() / (hidden.sum() * x.shape[1]).clamp(min=1)
 
 
 @torch.no_grad()

@@ -96,6 +96,13 @@ def _check_fit(recipe: Recipe, encoder: Encoder) -> None:
             raise UserError(
                 f"{where}.window_{level} {window} is larger than the {side}x{side} patches of a {level} crop"
             )
+    side = encoder.grid(views.global_size, views.global_size)[0]
+    if spec.corruption is not None and views.global_size % spec.corruption.align:
+        raise UserError(
+            f"{where}.corruption.align {spec.corruption.align} does not divide the {views.global_size} px of a global crop"
+        )
+    if spec.drop is not None and int(side * side * (1 - spec.drop)) < 1:
+        raise UserError(f"{where}.drop {spec.drop} leaves none of the {side}x{side} patches of a global crop: lower it")
     heads = getattr(base, "srs_heads", None)
     if heads and encoder.width % heads:
         raise UserError(f"{where}.srs_heads {heads} does not divide the encoder's width of {encoder.width}")

@@ -43,6 +43,7 @@ class Tokens:
     register: Tensor | None = None  # (B, R, D)
     aux: Tensor | None = None  # (B, A, D)
     aux_raw: Tensor | None = None  # (B, A, D) before the final norm
+    mixed: Tensor | None = None  # (B, N, D): mean patches of several blocks (`Encoder.mixed`)
 
     @property
     def global_token(self) -> Tensor:

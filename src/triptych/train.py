@@ -136,8 +136,8 @@ class Run:
             views, unreadable = self._next(batches)
             waited += time.monotonic() - asked
             self._note_unreadable(unreadable)
-            views = views.on_device(self.device, self.mean, self.std)
             seed_all(hash((recipe.seed, t.step, part, distributed.rank())))
+            views = views.on_device(self.device, self.mean, self.std)
             last = part == recipe.accumulate - 1
             model = self.model
             no_sync = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()

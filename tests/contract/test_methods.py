@@ -13,6 +13,7 @@ from triptych.methods import (
     BYOLConfig,
     DINOConfig,
     HSSLConfig,
+    MMCConfig,
     MoBYConfig,
     MoCoV3Config,
     MTEConfig,
@@ -41,6 +42,7 @@ BASE_CONFIGS = {
     "mocov3": MoCoV3Config(**CONTRAST, **MOMENTUM),
     "moby": MoBYConfig(**CONTRAST, **MOMENTUM, queue=16),
     "simclr": SimCLRConfig(**CONTRAST),
+    "mmc": MMCConfig(**CONTRAST, **MOMENTUM, predictor=True),
 }
 ENSEMBLE = {"aux": 2, "pooled": 2, "pool_kernel": 3}
 CASES = (
@@ -51,6 +53,7 @@ CASES = (
         "mte-supervised": (SupervisedConfig(classes=3, mixup=0, cutmix=0, average=0.9, **ENSEMBLE), "vit"),
         "dino-swin": (BASE_CONFIGS["dino"], "swin"),
         "ibot-swin": (BASE_CONFIGS["ibot"], "swin"),
+        "mmc-swin": (BASE_CONFIGS["mmc"], "swin"),
         "mte-dino-swin": (MTEConfig(base=BASE_CONFIGS["dino"], aux=0, pooled=2, pool_kernel=3), "swin"),
         "mte-moby-swin": (MTEConfig(base=BASE_CONFIGS["moby"], aux=0, pooled=2, pool_kernel=3), "swin"),
         "mte-ibot-swin": (MTEConfig(base=BASE_CONFIGS["ibot"], aux=0, pooled=2, pool_kernel=3), "swin"),

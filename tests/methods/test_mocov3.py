@@ -6,6 +6,7 @@ from toy import ToyEncoder, assert_all_close, grads, group, layer, load, view
 
 from conftest import random_views, tiny_encoder
 from triptych.data.views import Views
+from triptych.losses import contrast
 from triptych.methods import MoCoV3Config, build
 from triptych.methods.mocov3 import MoCoV3
 from triptych.optim import OptimConfig, make_optimizer, set_rates
@@ -36,9 +37,9 @@ def test_the_loss_is_algorithm_1_written_as_loops():
 @pytest.mark.parametrize("case", ["case0", "case1"])
 def test_contrastive_loss_and_gradient_equal_the_authors(golden, case):
     g = golden("mocov3_loss")
-    method = MoCoV3(ToyEncoder(2, 2), MoCoV3Config(temperature=float(g["cfg.temperature"])))
+    tau = float(g["cfg.temperature"])
     q = g[f"{case}.q"].clone().requires_grad_()
-    loss = method.contrast(q, g[f"{case}.k"])
+    loss = 2 * tau * contrast(q, g[f"{case}.k"], tau)
     loss.backward()
     torch.testing.assert_close(loss, g[f"{case}.loss"], rtol=0, atol=1e-12)
     torch.testing.assert_close(q.grad, g[f"{case}.grad.q"], rtol=0, atol=1e-12)

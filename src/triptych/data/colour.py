@@ -163,6 +163,16 @@ COLOURS: dict[str, dict[Role, Mixture]] = {
     "simclr": _every((1.0, Colour(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2))),
     # Touvron et al. 2021 (DeiT) and He et al. 2022 (fine-tuning MAE): supervised training.
     "randaug": _every((1.0, RandAugment())),
+    # Wu et al. 2023 (MMC): jitter 0.4 each; hue, grey and who is blurred are SiT's, whose policy is "dino".
+    "mmc": _each(
+        global_1=((1.0, Colour(saturation=0.4, p_blur=1.0)),),
+        global_2=((1.0, Colour(saturation=0.4, p_blur=0.1, p_solarise=0.2)),),
+        local=((1.0, Colour(saturation=0.4)),),
+    ),
+    # Assran et al. 2022 (MSN): SimCLR's at half its strength, every view alike.
+    "msn": _every((1.0, Colour(saturation=0.4))),
+    # Atito et al. 2022 (GMML): what is reconstructed keeps its colours.
+    "gmml": _every((1.0, Colour(0.1, 0.1, 0.1, 0.01, p_jitter=0.3, p_grey=0.0, p_blur=0.1))),
     # Ours, for images whose colours tell nothing: views share no hue, so that only form can match them.
     "form": _every((1.0, Colour(saturation=0.4, hue=0.5, p_jitter=1.0, p_grey=0.3, p_blur=0.2))),
     "none": _every((1.0, Colour(p_jitter=0.0, p_grey=0.0, p_blur=0.0))),

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 
 from triptych.data.colour import COLOURS, Role, augment
+from triptych.data.corruption import Corruption, corrupt, draw_corruption
 from triptych.data.crops import (
     Box,
     Crop,
@@ -27,7 +28,7 @@ from triptych.data.crops import (
     stratified_sample,
 )
 from triptych.data.images import UnreadableImage
-from triptych.data.masks import draw_mask
+from triptych.data.masks import draw_keep, draw_mask
 from triptych.data.sources import Source, load_rgb
 from triptych.data.views import View, Views, ViewSpec
 from triptych.errors import UserError, nearest
@@ -90,6 +91,8 @@ class Sample:
     boxes: list[Tensor]
     samples: list[Tensor | None]
     masks: list[Tensor]  # (N,) bool, one per global crop; empty where the method masks nothing
+    keeps: list[Tensor]  # (n,) int64, likewise of what is dropped
+    corruptions: list[Corruption]  # likewise
     global_crops: int
     pixel: Tensor  # (2,)
     label: int | None  # of the image that was read; None unless the method asks for it
@@ -112,7 +115,9 @@ class ViewDataset(Dataset):
         height, width = pixels.shape[1:]
         label = self.source.label(position) if self.spec.labels else None
         pixel = torch.tensor([1 / height, 1 / width])
-        sample = Sample([], [], [], [], self.config.global_crops, pixel=pixel, label=label, unreadable=unreadable)
+        sample = Sample(
+            [], [], [], [], [], [], self.config.global_crops, pixel=pixel, label=label, unreadable=unreadable
+        )
         windows = self._windows(rng)
         resampling = InterpolationMode(self.config.interpolation)
         for (crop, flipped), role in self._crops(height, width, rng):
@@ -129,7 +134,7 @@ class ViewDataset(Dataset):
             sample.pixels.append(torch.from_numpy(view))
             sample.boxes.append(_edges(crop, flipped, height, width))
             sample.samples.append(windows["local" if role == "local" else "global"])
-        sample.masks.extend(self._masks(rng))  # last: asking for masks changes no crop and no colour
+        self._hide(sample, rng)  # last: asking for masks changes no crop and no colour
         return sample
 
     def _readable(self, index: int):
@@ -172,12 +177,17 @@ class ViewDataset(Dataset):
             for level, window in windows.items()
         }
 
-    def _masks(self, rng: np.random.Generator) -> Iterator[Tensor]:
-        """One mask per global crop, each with its own share; local crops are never masked."""
-        side = self.config.global_size // self.patch_size
-        if self.spec.mask is not None:
-            for _ in range(self.config.global_crops):
-                yield torch.from_numpy(draw_mask(self.spec.mask, (side, side), rng))
+    def _hide(self, sample: Sample, rng: np.random.Generator) -> None:
+        """What the student does not see of each global crop, each with its own share; local crops are seen whole."""
+        size, spec = self.config.global_size, self.spec
+        side = size // self.patch_size
+        for _ in range(self.config.global_crops):
+            if spec.mask is not None:
+                sample.masks.append(torch.from_numpy(draw_mask(spec.mask, (side, side), rng)))
+            if spec.drop is not None:
+                sample.keeps.append(torch.from_numpy(draw_keep(side * side, spec.drop, rng)))
+            if spec.corruption is not None:
+                sample.corruptions.append(draw_corruption(spec.corruption, size, size, rng))
 
 
 def check_labels(source: Source) -> None:
@@ -206,12 +216,19 @@ def collate(samples: list[Sample]) -> tuple[Views, list[str]]:
     first = samples[0]
 
     def view(i: int) -> View:
+        pixels, corrupted, codes = torch.stack([s.pixels[i] for s in samples]), None, None
+        if i < len(first.corruptions):
+            corrupted, codes = corrupt(pixels, [s.corruptions[i] for s in samples])
+            corrupted = corrupted.permute(0, 3, 1, 2)
         return View(
-            images=torch.stack([s.pixels[i] for s in samples]).permute(0, 3, 1, 2),
+            images=pixels.permute(0, 3, 1, 2),
             box=torch.stack([s.boxes[i] for s in samples]),
             pixel=torch.stack([s.pixel for s in samples]),
             samples=None if first.samples[i] is None else torch.stack([cast(Tensor, s.samples[i]) for s in samples]),
             mask=torch.stack([s.masks[i] for s in samples]) if i < len(first.masks) else None,
+            keep=torch.stack([s.keeps[i] for s in samples]) if i < len(first.keeps) else None,
+            corrupted=corrupted,
+            pixel_mask=codes,
         )
 
     views, n = [view(i) for i in range(len(first.pixels))], first.global_crops

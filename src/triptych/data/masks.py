@@ -1,4 +1,4 @@
-"""Which patches iBOT hides from the student (Zhou et al. 2022, after BEiT's blockwise masking).
+"""Which patches are hidden from the student (iBOT, after BEiT's blockwise masking) or dropped (MAE, MSN).
 
 Plain numpy: this runs in workers.  A grid is (rows, columns) of patches; masks are (H, W) bool, True = hidden.
 """
@@ -61,3 +61,8 @@ def random_mask(grid: tuple[int, int], ratio: float, rng: np.random.Generator) -
     mask = np.zeros(grid[0] * grid[1], bool)
     mask[: int(ratio * mask.size)] = True
     return rng.permutation(mask).reshape(grid)
+
+
+def draw_keep(patches: int, drop: float, rng: np.random.Generator) -> np.ndarray:
+    """(n,) int64, ascending: the ⌊N(1 − drop)⌋ patches that stay, each set of them equally likely."""
+    return np.sort(rng.permutation(patches)[: int(patches * (1 - drop))])

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from triptych.data.corruption import NOISE, ZEROS, CorruptionConfig
 from triptych.errors import UserError
 
 Coordinates = Literal["centres", "ends"]
@@ -25,11 +27,20 @@ class View:
     pixel: Tensor  # (B, 2) height and width of one source pixel in image coordinates
     samples: Tensor | None = None  # (B, M) int64: patches drawn by stratified sampling, row-major index, ascending
     mask: Tensor | None = None  # (B, N) bool: True = hidden from the student
+    keep: Tensor | None = None  # (B, n) int64, ascending: patches that enter the student, the others are dropped
+    corrupted: Tensor | None = None  # (B, 3, H, W): the images with pixels replaced, for the student
+    # (B, H, W): where they are.  From the loader: uint8 codes of data/corruption.py; on the device: bool.
+    pixel_mask: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "View":
         """The view with `change` applied to each of its tensors."""
         changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in vars(self).items()}
         return View(**changed)
+
+    def replaced_share(self, patch_size: int) -> Tensor:
+        """(B, N): how much of each patch is replaced in `corrupted`, 0 to 1."""
+        assert self.pixel_mask is not None
+        return F.avg_pool2d(self.pixel_mask[:, None].to(self.images.dtype), patch_size).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -55,12 +66,21 @@ class Views:
         return self.map(Tensor.pin_memory)
 
     def on_device(self, device: torch.device, mean: Tensor, std: Tensor) -> "Views":
-        """Moved to the device, uint8 pixels there made floats: (x/255 − mean)/std, mean and std (3,) on the device."""
+        """Moved to the device, uint8 pixels there made floats: (x/255 − mean)/std, mean and std (3,) on the device.
+
+        Noise of corrupted images is drawn here, from the device's generator.
+        """
         moved = self.map(lambda x: x.to(device, non_blocking=True))
         scale, shift = 1 / (255 * std), -mean / std
 
         def floats(view: View) -> View:
-            return replace(view, images=torch.addcmul(shift[:, None, None], view.images, scale[:, None, None]))
+            images = torch.addcmul(shift[:, None, None], view.images, scale[:, None, None])
+            if view.corrupted is None or view.pixel_mask is None:
+                return replace(view, images=images)
+            copied = torch.addcmul(shift[:, None, None], view.corrupted, scale[:, None, None])
+            code = view.pixel_mask[:, None]
+            filled = torch.where(code == NOISE, torch.randn_like(copied), copied).masked_fill(code == ZEROS, 0)
+            return replace(view, images=images, corrupted=filled, pixel_mask=view.pixel_mask > 0)
 
         return Views([floats(v) for v in moved.global_crops], [floats(v) for v in moved.local_crops], moved.labels)
 
@@ -93,6 +113,8 @@ class ViewSpec:
     window_global: int = 0  # stratified sampling: side of a window in patches, 0 = no samples
     window_local: int = 0
     mask: MaskSpec | None = None  # of global crops; None = no View has a mask
+    drop: float | None = None  # share of a global crop's patches that is dropped; None = no View has `keep`
+    corruption: CorruptionConfig | None = None  # of global crops; None = no View has corrupted images
     labels: bool = False  # one per image, or the source is refused
     global_crops: int = 2  # of each image
     local_crops: bool = True  # of any use to it?

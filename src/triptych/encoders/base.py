@@ -3,8 +3,10 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, Self
+from dataclasses import replace
+from typing import Literal, Self, cast
 
+import torch
 from torch import Tensor, nn
 
 from triptych.errors import UserError
@@ -58,6 +60,26 @@ class Encoder(nn.Module, ABC):
     def forward(self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tokens:
         """mask (B, N) bool, True = replaced by the mask token; keep (B, n) int64 = patches that enter the encoder."""
         return self.layers(images, [self.depth - 1], mask, keep)[0]
+
+    def mixed(
+        self, images: Tensor, blocks: Sequence[int], mask: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tokens:
+        """`forward`, and in Tokens.mixed the mean of the patches after the given blocks, through the final norm.
+
+        blocks: counted from 1, as in papers.  Raises UserError for blocks that are not there or of other widths.
+        """
+        self.check_blocks(blocks)
+        *taps, last = self.layers(images, [*(b - 1 for b in blocks), self.depth - 1], mask, keep)
+        if {x.patch_raw.shape for x in taps} != {last.patch_raw.shape}:
+            raise UserError("a mean over blocks needs patches of one size: choose blocks of the last stage")
+        norm = cast(nn.Module, self.trunk.norm)
+        return replace(last, mixed=norm(torch.stack([x.patch_raw for x in taps]).mean(0)))
+
+    def check_blocks(self, blocks: Sequence[int]) -> None:
+        """Raises UserError for blocks, counted from 1, that the encoder does not have."""
+        wrong = [b for b in blocks if not 1 <= b <= self.depth]
+        if wrong:
+            raise UserError(f"block {wrong[0]}: this encoder has blocks 1 to {self.depth}")
 
     def last_attention(self, images: Tensor) -> Tensor:
         """(B, heads, T, T): attention of the last block; T = prefix tokens (class, class+, registers), then patches."""

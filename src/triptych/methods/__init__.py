@@ -10,6 +10,7 @@ from triptych.methods.byol import BYOLConfig
 from triptych.methods.dino import DINOConfig
 from triptych.methods.hssl import HSSLConfig
 from triptych.methods.ibot import iBOTConfig
+from triptych.methods.mmc import MMCConfig
 from triptych.methods.moby import MoBYConfig
 from triptych.methods.mocov3 import MoCoV3Config
 from triptych.methods.mte import BASES, MTE, BaseConfig, MTEConfig
@@ -27,6 +28,7 @@ __all__ = [
     "BYOLConfig",
     "DINOConfig",
     "HSSLConfig",
+    "MMCConfig",
     "MTEConfig",
     "Method",
     "MethodConfig",

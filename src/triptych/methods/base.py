@@ -2,8 +2,9 @@
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from timm.layers import DropPath
@@ -17,6 +18,7 @@ from triptych.schedules import Progress
 from triptych.tokens import Tokens, TokenSpec
 
 Carry = dict[str, Tensor]
+See = Literal["whole", "masked", "kept", "corrupted"]
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,21 @@ class Tower(nn.Module):
         for name, module in more.items():
             self.add_module(name, module)
 
-    def encode(self, views: list[View], *, masked: bool = False) -> list[Tokens]:
-        """One Tokens per view; views of one size share an encoder call.  masked: with the masks that views have."""
-        kinds = [(v.images.shape[-2:], masked and v.mask is not None) for v in views]
+    def encode(self, views: list[View], *, see: See = "whole", mixed: Sequence[int] = ()) -> list[Tokens]:
+        """One Tokens per view; views of one size share an encoder call.
+
+        see: of views that have something hidden, the "whole" images, those with "masked" patches replaced by the mask
+        token, the "kept" patches only, or the "corrupted" images.  mixed: blocks of `Encoder.mixed`.
+        """
+        name = {"masked": "mask", "kept": "keep"}.get(see, "")  # of View, and of the encoder's argument
+        hidden = [getattr(v, name, None) for v in views]
+        kinds = [(v.images.shape[-2:], h is not None) for v, h in zip(views, hidden, strict=True)]
         out: dict[int, Tokens] = {}
         for kind in dict.fromkeys(kinds):
             at = [i for i, k in enumerate(kinds) if k == kind]
-            mask = torch.cat([cast(Tensor, views[i].mask) for i in at]) if kind[1] else None
-            tokens = self.encoder(torch.cat([views[i].images for i in at]), mask)
+            images = torch.cat([seen(views[i]) if see == "corrupted" else views[i].images for i in at])
+            more = {name: torch.cat([cast(Tensor, hidden[i]) for i in at])} if kind[1] else {}
+            tokens = self.encoder.mixed(images, mixed, **more) if mixed else self.encoder(images, **more)
             out.update(zip(at, tokens.chunk(len(at)), strict=True))
         return [out[i] for i in range(len(views))]
 
@@ -104,9 +113,15 @@ class Tower(nn.Module):
         return self.projector(torch.stack([x.global_token for x in tokens]))
 
 
+def seen(view: View) -> Tensor:
+    """The corrupted images, or those of a view that has none."""
+    return view.images if view.corrupted is None else view.corrupted
+
+
 def unmasked(views: list[View]) -> list[View]:
     """The views with nothing hidden."""
-    return [replace(v, mask=None if v.mask is None else torch.zeros_like(v.mask)) for v in views]
+    bare = [replace(v, keep=None, corrupted=None, pixel_mask=None) for v in views]
+    return [replace(v, mask=None if v.mask is None else torch.zeros_like(v.mask)) for v in bare]
 
 
 M = TypeVar("M", bound=nn.Module)

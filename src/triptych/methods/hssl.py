@@ -140,7 +140,7 @@ class HSSL(Method):
                 for x, h in zip(tokens, heads, strict=True)
             ]
 
-        return with_head(self.student, self.student.encode(views.all, masked=True)), with_head(
+        return with_head(self.student, self.student.encode(views.all, see="masked")), with_head(
             self.teacher, self.teacher.encode(views.global_crops)
         )
 

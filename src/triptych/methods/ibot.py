@@ -88,7 +88,7 @@ class iBOT(Method):
 
     def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
         """The student sees masked global crops and local crops, the teacher whole global crops."""
-        return self.student.encode(self._masked(views, t) + views.local_crops, masked=True), self.teacher.encode(
+        return self.student.encode(self._masked(views, t) + views.local_crops, see="masked"), self.teacher.encode(
             views.global_crops
         )
 

@@ -11,15 +11,13 @@ and uses fixed sine-cosine positions: settings of the encoder.
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from triptych.data.views import Views, ViewSpec
-from triptych.distributed import all_gather, rank
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP
-from triptych.losses import similarity, unit
+from triptych.losses import contrast
 from triptych.methods.base import Carry, Method, Step, Tower, ema_copy, ema_update
 from triptych.schedules import Progress, ahead, cosine
 from triptych.tokens import Tokens
@@ -65,14 +63,9 @@ class MoCoV3(Method):
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """q_s (2, B, P) after the predictor, z_t (2, B, P)."""
-        loss = self.contrast(q_s[0], z_t[1]) + self.contrast(q_s[1], z_t[0])
+        tau = self.config.temperature
+        loss = 2 * tau * (contrast(q_s[0], z_t[1], tau) + contrast(q_s[1], z_t[0], tau))  # (1)
         return Step(loss, {"mocov3": loss})
-
-    def contrast(self, q: Tensor, k: Tensor) -> Tensor:
-        """(1): q, k (B, P) of this process."""
-        keys, tau = all_gather(unit(k)), self.config.temperature
-        own = torch.arange(len(q), device=q.device) + len(q) * rank()
-        return 2 * tau * F.cross_entropy(similarity(unit(q), keys) / tau, own)
 
     def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor, views: Views, t: Progress) -> Step:
         return Step(0.0, {})

@@ -21,6 +21,7 @@ from triptych.methods.byol import BYOL, BYOLConfig
 from triptych.methods.dino import DINO, DINOConfig
 from triptych.methods.hssl import HSSL, HSSLConfig
 from triptych.methods.ibot import iBOT, iBOTConfig
+from triptych.methods.mmc import MMC, MMCConfig
 from triptych.methods.moby import MoBY, MoBYConfig
 from triptych.methods.mocov3 import MoCoV3, MoCoV3Config
 from triptych.methods.simclr import SimCLR, SimCLRConfig
@@ -40,6 +41,7 @@ BASES: dict[type, type[Method]] = {
     SwAVConfig: SwAV,
     SimCLRConfig: SimCLR,
     UDIConfig: UDI,
+    MMCConfig: MMC,
 }
 BaseConfig = Annotated[
     DINOConfig
@@ -50,7 +52,8 @@ BaseConfig = Annotated[
     | HSSLConfig
     | SwAVConfig
     | SimCLRConfig
-    | UDIConfig,
+    | UDIConfig
+    | MMCConfig,
     Field(discriminator="name"),
 ]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from triptych.recipe import Recipe
-from triptych.recipes import contrastive, dino, ibot, mte, supervised, udi
+from triptych.recipes import contrastive, dino, ibot, mmc, mte, supervised, udi
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     f.__name__: f
@@ -37,6 +37,10 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         contrastive.simclr_vits16_in1k_300ep,
         contrastive.swav_small,
         contrastive.swav_vits16_in1k_300ep,
+        mmc.mmc_small,
+        mmc.mmc_vits16_in100_200ep,
+        mmc.mmc_vits16_in100_500ep,
+        mmc.mmc_vitb16_in1k_400ep,
         *mte.RECIPES,
         supervised.supervised_small,
         supervised.supervised_vits16_in1k_300ep,
