@@ -120,11 +120,12 @@ class PixelHead(nn.Module):
 class Prototypes(nn.Module):
     """K prototypes w_k = gain_k · v_k / |v_k| in the P-dimensional embedding space (DINO's weight-normed last layer).
 
-    train_gain=False is DINO's `norm_last_layer`: every prototype keeps unit length.
+    train_gain=False is DINO's `norm_last_layer`: every prototype keeps unit length.  exempt: see optim.exempt.
     """
 
-    def __init__(self, embedding: int, count: int, *, train_gain: bool = False):
+    def __init__(self, embedding: int, count: int, *, train_gain: bool = False, exempt: bool = False):
         super().__init__()
+        self.exempt = exempt
         self.direction = nn.Parameter(torch.empty(count, embedding))
         self.gain = nn.Parameter(torch.ones(count, 1), requires_grad=train_gain)
         nn.init.uniform_(self.direction, -(embedding**-0.5), embedding**-0.5)

@@ -107,7 +107,12 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
 
     scores (B, K).  exp(scores/ε) is not guarded against overflow: cosines over ε = 0.05 stay below e^20.
     """
-    codes = (full_precision(scores) / epsilon).exp()
+    return balanced((full_precision(scores) / epsilon).exp(), iterations)
+
+
+@torch.no_grad()
+def balanced(codes: Tensor, iterations: int) -> Tensor:
+    """The scaling of `sinkhorn`, of codes (B, K) >= 0."""
     codes = codes * (len(codes) / all_mean(codes.sum()))
     for _ in range(iterations):
         codes = codes / all_mean(codes.sum(0))  # every prototype alike; the factor K/B cancels in the next line

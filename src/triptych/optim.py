@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from triptych.schedules import WarmUp, cosine, warmup_cosine
+from triptych.schedules import WarmUp, ahead, cosine, stretched, warmup_cosine
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Clipping = Literal["per_parameter", "global"]
@@ -23,6 +23,7 @@ class OptimConfig(BaseModel):
     warmup: float = Field(default=10, ge=0)  # epochs
     warmup_start: float = Field(default=0.0, ge=0)  # learning rate at step 0, per 256 images
     schedule: WarmUp = "dino"  # whose shape the learning rate has; see schedules.warmup_cosine
+    horizon: float = Field(default=1.0, ge=1)  # both schedules end after so many runs, that is, are cut off (MSN: 1.25)
     weight_decay: float = Field(default=0.04, ge=0)  # start ...
     weight_decay_end: float = Field(default=0.4, ge=0)  # ... cosine to
     decay: Decay = "matrices"  # what decays, and what LARS adapts to: no biases and vectors, or every parameter
@@ -38,7 +39,9 @@ class OptimConfig(BaseModel):
         scale = images_per_step / 256
         start = self.warmup_start * scale
         lr = warmup_cosine(self.lr * scale, self.min_lr, self.warmup, start, self.schedule)
-        return lr, cosine(self.weight_decay, self.weight_decay_end)
+        decay = cosine(self.weight_decay, self.weight_decay_end)
+        decay = ahead(decay) if self.schedule == "msn" else decay
+        return stretched(lr, self.horizon), stretched(decay, self.horizon)
 
 
 def parameter_groups(model: nn.Module, decay: Decay = "matrices") -> list[dict]:
@@ -49,9 +52,15 @@ def parameter_groups(model: nn.Module, decay: Decay = "matrices") -> list[dict]:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if decay == "all":
         return [{"params": [p for _, p in named], "decay": True}]
-    plain = [p for name, p in named if p.ndim == 1 or name.endswith(".bias")]
-    decayed = [p for name, p in named if not (p.ndim == 1 or name.endswith(".bias"))]
+    free = exempt(model)
+    plain = [p for name, p in named if p.ndim == 1 or name.endswith(".bias") or id(p) in free]
+    decayed = [p for name, p in named if not (p.ndim == 1 or name.endswith(".bias") or id(p) in free)]
     return [{"params": decayed, "decay": True}, {"params": plain, "decay": False, "weight_decay": 0.0}]
+
+
+def exempt(model: nn.Module) -> set[int]:
+    """Identities of parameters that are neither decayed nor clipped: of modules marked so (MSN's prototypes)."""
+    return {id(p) for module in model.modules() if getattr(module, "exempt", False) for p in module.parameters()}
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

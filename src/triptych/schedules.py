@@ -32,7 +32,12 @@ def cosine(start: float, end: float) -> Schedule:
     return lambda t: end + 0.5 * (start - end) * (1 + math.cos(math.pi * t.step / max(t.total, 1)))
 
 
-WarmUp = Literal["dino", "mocov3", "moby"]
+def linear(start: float, end: float) -> Schedule:
+    """start -> end over the run, evenly; end itself is never reached."""
+    return lambda t: start + (end - start) * t.step / max(t.total, 1)
+
+
+WarmUp = Literal["dino", "mocov3", "moby", "msn"]
 
 
 def warmup_cosine(peak: float, end: float, warmup_epochs: float, start: float = 0.0, kind: WarmUp = "dino") -> Schedule:
@@ -42,7 +47,10 @@ def warmup_cosine(peak: float, end: float, warmup_epochs: float, start: float = 
     dino    start + (peak − start) s / (W − 1)  the rest      DINO, iBOT, UDI, SwAV: both ends, so the peak comes twice
     mocov3  start + (peak − start) s / W        the rest      MoCo v3, BYOL, MAE
     moby    start + (peak − start) s / W        the whole run  MoBY (timm): falls below the peak when the warm-up ends
+    msn     mocov3's, one step ahead            the rest       MSN
     """
+    if kind == "msn":
+        return ahead(warmup_cosine(peak, end, warmup_epochs, start, "mocov3"))
 
     def value(t: Progress) -> float:
         warm = min(int(warmup_epochs * t.steps_per_epoch), t.total)
@@ -63,6 +71,11 @@ def epoch_warmup(start: float, end: float, epochs: int) -> Schedule:
 def ahead(schedule: Schedule) -> Schedule:
     """What `schedule` says one step later."""
     return lambda t: schedule(t.next)
+
+
+def stretched(schedule: Schedule, runs: float) -> Schedule:
+    """`schedule` laid out over so many times the run's length, of which the run sees the beginning (MSN: 1.25)."""
+    return lambda t: schedule(replace(t, total=round(t.total * runs)))
 
 
 def delayed(schedule: Schedule, epochs: float) -> Schedule:

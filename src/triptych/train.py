@@ -29,7 +29,7 @@ from triptych.health import measure
 from triptych.log import Metrics, ProgressLine, duration
 from triptych.methods import METHODS, Method
 from triptych.methods.base import Step
-from triptych.optim import clip_gradients, make_optimizer, set_rates
+from triptych.optim import clip_gradients, exempt, make_optimizer, set_rates
 from triptych.recipe import Recipe, build_method, of_source
 from triptych.run_folder import claim_folder
 from triptych.schedules import Progress
@@ -76,6 +76,8 @@ class Run:
         self.dtype = autocast_dtype(recipe, device)
         self.method = build_method(recipe).to(device)
         self.optimizer = make_optimizer(self.method, recipe.optim)
+        free = exempt(self.method)
+        self.clipped = [p for p in self.method.parameters() if id(p) not in free]
         claim_folder(recipe, source, out)  # after what may refuse the recipe: a mistake leaves no folder behind
         self.steps_per_epoch = len(source) // recipe.batch
         self.total = recipe.epochs * self.steps_per_epoch
@@ -148,7 +150,7 @@ class Run:
             outs.append(Step(out.loss.detach(), {name: x.detach() for name, x in out.terms.items()}, out.carry))
         self.method.after_backward(t)
         if recipe.optim.clip is not None:
-            clip_gradients(self.method.parameters(), recipe.optim.clip, recipe.optim.clipping)
+            clip_gradients(self.clipped, recipe.optim.clip, recipe.optim.clipping)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.update([out.carry for out in outs], t)

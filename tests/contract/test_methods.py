@@ -12,12 +12,17 @@ from triptych.methods import (
     METHODS,
     BYOLConfig,
     DINOConfig,
+    GMMLConfig,
     HSSLConfig,
+    MAEConfig,
+    MCSSLConfig,
     MMCConfig,
     MoBYConfig,
     MoCoV3Config,
+    MSNConfig,
     MTEConfig,
     SimCLRConfig,
+    SiTConfig,
     SupervisedConfig,
     SwAVConfig,
     UDIConfig,
@@ -43,12 +48,21 @@ BASE_CONFIGS = {
     "moby": MoBYConfig(**CONTRAST, **MOMENTUM, queue=16),
     "simclr": SimCLRConfig(**CONTRAST),
     "mmc": MMCConfig(**CONTRAST, **MOMENTUM, predictor=True),
+    "sit": SiTConfig(**CONTRAST, **MOMENTUM),
+    "mcssl": MCSSLConfig(**PROTOTYPES, **MOMENTUM),
+    "msn": MSNConfig(**PROTOTYPES, **MOMENTUM, drop=0.375),
 }
 ENSEMBLE = {"aux": 2, "pooled": 2, "pool_kernel": 3}
+NO_GRID = {"msn": {"pooled": 0}}  # patches are dropped
 CASES = (
     {name: (config, "vit") for name, config in BASE_CONFIGS.items()}
-    | {f"mte-{name}": (MTEConfig(base=config, **ENSEMBLE), "vit") for name, config in BASE_CONFIGS.items()}
     | {
+        f"mte-{name}": (MTEConfig(base=config, **ENSEMBLE | NO_GRID.get(name, {})), "vit")
+        for name, config in BASE_CONFIGS.items()
+    }
+    | {
+        "mae": (MAEConfig(drop=0.375, decoder_width=8, decoder_depth=1, decoder_heads=2), "vit"),
+        "gmml": (GMMLConfig(blocks=(1, 2)), "vit"),
         "supervised": (SupervisedConfig(classes=3, mixup=0, cutmix=0, average=0.9), "vit"),
         "mte-supervised": (SupervisedConfig(classes=3, mixup=0, cutmix=0, average=0.9, **ENSEMBLE), "vit"),
         "dino-swin": (BASE_CONFIGS["dino"], "swin"),

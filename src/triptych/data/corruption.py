@@ -61,14 +61,14 @@ def draw_blocks(
     height and width are multiples of `align`, so that every pixel can be reached and the loop ends.  (The released
     routine never starts a block in the last row and column of cells, and hangs where blocks are one cell high.)
     """
-    assert height % align == 0 and width % align == 0, "the recipe is checked for this"
+    assert height % align + width % align == 0, "the recipe is checked for this"
     wanted = rng.uniform(min(0.5, share), share) * height * width
     covered, blocks = np.zeros((height, width), bool), []
     while covered.sum() < wanted:
         # In this order: row, column, height, width.
         r, c = (align * (int(rng.integers(0, side)) // align) for side in (height, width))
-        drawn = [int(rng.integers(align, max(int(largest * side), align + 1))) for side in (height, width)]
-        h, w = (align * round(min(n, side - at) / align) for n, side, at in zip(drawn, (height, width), (r, c)))
+        h, w = (int(rng.integers(align, max(int(largest * side), align + 1))) for side in (height, width))
+        h, w = (align * round(n / align) for n in (min(h, height - r), min(w, width - c)))
         covered[r : r + h, c : c + w] = True
         blocks.append((r, c, h, w))
     return np.array(blocks, np.int64).reshape(-1, 4)

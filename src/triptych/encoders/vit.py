@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from triptych.encoders.base import Encoder
-from triptych.encoders.vit_init import fix_positions, init_vit
+from triptych.encoders.vit_init import Init, fix_positions, init_vit
 from triptych.errors import UserError, nearest
 from triptych.tokens import Tokens, TokenSpec
 
@@ -36,8 +36,9 @@ class ViTConfig(BaseModel):
     heads: int | None = Field(default=None, ge=1)
     registers: int = Field(default=0, ge=0)
     drop_path: float = Field(default=0.0, ge=0, lt=1)  # stochastic depth of the last block; linear from 0; student only
-    init: Literal["dino", "xavier", "mocov3"] = "dino"  # linear weights σ 0.02, which suits widths from 384; or Xavier
-    position_table: Literal["learned", "sincos"] = "learned"  # or fixed sines and cosines (MoCo v3)
+    init: Init = "dino"  # linear weights σ 0.02, which suits widths from 384; or Xavier
+    # Learned, or fixed sines and cosines: MoCo v3's or MAE's, which differ in the order of channels.
+    position_table: Literal["learned", "sincos", "sincos_mae"] = "learned"
     freeze_patches: bool = False  # the patch projection keeps its random start (MoCo v3: training is stabler)
     positions: Literal["timm", "dino"] = "timm"  # how the position table is resampled for other grids
     weights: str | None = None  # file to start from: a timm, DINO or Triptych state dict
@@ -292,6 +293,6 @@ def build(config: ViTConfig, spec: TokenSpec, image_size: int | None = None) -> 
     init_vit(encoder.vit, config.init)
     if config.freeze_patches:
         encoder.vit.patch_embed.proj.requires_grad_(False)
-    if config.position_table == "sincos":
-        fix_positions(encoder.vit)
+    if config.position_table != "learned":
+        fix_positions(encoder.vit, "column" if config.position_table == "sincos_mae" else "row")
     return encoder

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from triptych.data.views import View, Views, ViewSpec
 from triptych.distributed import all_mean
 from triptych.encoders.base import Encoder
-from triptych.heads import MLP
+from triptych.heads import MLP, PixelHead
+from triptych.losses import masked_error
 from triptych.schedules import Progress
 from triptych.tokens import Tokens, TokenSpec
 
@@ -82,6 +83,8 @@ class Tower(nn.Module):
     encoder: Encoder
     prototypes: Any  # of methods that have some
     projector: MLP
+    patch_projector: MLP  # of methods with a head of their own for patches
+    patch_prototypes: Any  # likewise
     srs: Any  # UDI's
 
     def __init__(self, encoder: Encoder, projector: MLP, **more: nn.Module):
@@ -122,6 +125,15 @@ def unmasked(views: list[View]) -> list[View]:
     """The views with nothing hidden."""
     bare = [replace(v, keep=None, corrupted=None, pixel_mask=None) for v in views]
     return [replace(v, mask=None if v.mask is None else torch.zeros_like(v.mask)) for v in bare]
+
+
+def pixel_error(head: PixelHead, S: Sequence[Tokens], views: Views, kind: Literal["l1", "l2"] = "l1") -> Tensor:
+    """`masked_error` of the student's global crops, reconstructed from Tokens.mixed where it is there."""
+    grid = S[0].grid
+    assert grid is not None
+    x = head(torch.cat([s.patch if s.mixed is None else s.mixed for s in S]), grid)
+    images, masks = ([getattr(v, name) for v in views.global_crops] for name in ("images", "pixel_mask"))
+    return masked_error(x, torch.cat(images), torch.cat(masks), kind)
 
 
 M = TypeVar("M", bound=nn.Module)

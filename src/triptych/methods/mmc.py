@@ -3,7 +3,7 @@
     L = L_MIM + L_PAT + L_CLS                                                                                     (4)
     L_MIM = Σ m |g_rec(f_s(x̃)) − x| / Σ m                          over pixels; m = 1 where x̃ replaces them        (1)
     L_PAT = mean −log  e^{s(p_i, t_i)} / ( e^{s(p_i, t_i)} + Σ_{patches j of other images} e^{s(p_i, t_j)} )      (2)
-    L_CLS = −log softmax_b'( s(c_b^v, k_b'^u) )[b]                 c^v: student, crop v;  k^u: teacher, crop u    (3)
+    L_CLS = −log softmax_b'( s(c_b^v, k_b'^u) )[b]                   c^v: student, crop v;  k^u: teacher, crop u  (3)
     s(a, b) = a·b / (|a||b| τ)
 
 The student sees corrupted crops x̃, the teacher clean ones x.  p, t: heads on patches of one crop, corrupted and clean;
@@ -20,8 +20,8 @@ from triptych.data.corruption import CorruptionConfig
 from triptych.data.views import Views, ViewSpec
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP, PixelHead, sit_head
-from triptych.losses import contrast, masked_error, unit
-from triptych.methods.base import Carry, Method, Step, Tower, ema_copy, ema_update
+from triptych.losses import contrast, unit
+from triptych.methods.base import Carry, Method, Step, Tower, ema_copy, ema_update, pixel_error
 from triptych.patch_contrast import Negatives, patch_contrast
 from triptych.schedules import Progress, cosine
 from triptych.tokens import Tokens
@@ -134,20 +134,12 @@ class MMC(Method):
         w_mim, w_pat, _ = self.config.weights
         crops, step = len(views.global_crops), Step(0.0, {})
         if w_mim:
-            mim = self.reconstruction(S[:crops], views)
+            mim = pixel_error(self.pixels, S[:crops], views, self.config.pixel_error)  # (1)
             step = step + Step(w_mim * mim, {"pixels": mim})
         if w_pat:
             pat = self.distillation(S[:crops], T[:crops], views)
             step = step + Step(w_pat * pat, {"patch": pat})
         return step
-
-    def reconstruction(self, S: list[Tokens], views: Views) -> Tensor:
-        """(1)"""
-        grid = S[0].grid
-        assert grid is not None
-        x = self.pixels(torch.cat([s.patch if s.mixed is None else s.mixed for s in S]), grid)
-        images = torch.cat([v.images for v in views.global_crops])
-        return masked_error(x, images, torch.cat([v.pixel_mask for v in views.global_crops]), self.config.pixel_error)
 
     def distillation(self, S: list[Tokens], T: list[Tokens], views: Views) -> Tensor:
         """(2), of the patches of corrupted and clean versions of the same crop."""

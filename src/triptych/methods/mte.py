@@ -21,10 +21,13 @@ from triptych.methods.byol import BYOL, BYOLConfig
 from triptych.methods.dino import DINO, DINOConfig
 from triptych.methods.hssl import HSSL, HSSLConfig
 from triptych.methods.ibot import iBOT, iBOTConfig
+from triptych.methods.mcssl import MCSSL, MCSSLConfig
 from triptych.methods.mmc import MMC, MMCConfig
 from triptych.methods.moby import MoBY, MoBYConfig
 from triptych.methods.mocov3 import MoCoV3, MoCoV3Config
+from triptych.methods.msn import MSN, MSNConfig
 from triptych.methods.simclr import SimCLR, SimCLRConfig
+from triptych.methods.sit import SiT, SiTConfig
 from triptych.methods.swav import SwAV, SwAVConfig
 from triptych.methods.udi import UDI, UDIConfig
 from triptych.schedules import Progress
@@ -42,6 +45,9 @@ BASES: dict[type, type[Method]] = {
     SimCLRConfig: SimCLR,
     UDIConfig: UDI,
     MMCConfig: MMC,
+    SiTConfig: SiT,
+    MCSSLConfig: MCSSL,
+    MSNConfig: MSN,
 }
 BaseConfig = Annotated[
     DINOConfig
@@ -53,7 +59,10 @@ BaseConfig = Annotated[
     | SwAVConfig
     | SimCLRConfig
     | UDIConfig
-    | MMCConfig,
+    | MMCConfig
+    | SiTConfig
+    | MCSSLConfig
+    | MSNConfig,
     Field(discriminator="name"),
 ]
 
@@ -75,6 +84,13 @@ class MTEConfig(EnsembleConfig):
             raise ValueError("target own is a control without the auxiliary loss: weights 0 1")
         if self.target == "own" and isinstance(self.base, HSSLConfig | SwAVConfig | SimCLRConfig):
             raise ValueError(f"target own needs a base whose teacher projects the global token, not {self.base.name}")
+        if isinstance(self.base, MSNConfig):
+            if self.base.drop and self.pooled and self.pooling == "adaptive":
+                raise ValueError("msn drops patches, and adaptive pooling needs the whole grid: set pooled 0")
+            if self.same_view:
+                raise ValueError("msn's targets and anchors share no view: same_view false")
+        if isinstance(self.base, MMCConfig) and not self.base.weights[2]:
+            raise ValueError("mmc without its class loss has no image-level loss: the third of its weights above 0")
         return self
 
 

@@ -1,0 +1,50 @@
+"""GMML -- Atito, Awais and Kittler, GMML Is All You Need, 2022.
+
+    L = Σ m |g_rec(f(x̃)) − x| / Σ m                over the pixels of both crops; m = 1 where x̃ replaces them
+    f(x̃) = LayerNorm( mean of the patch tokens after blocks 6, 8, 10, 12 )
+
+One network, no teacher.  What is evaluated is the encoder's usual output, after the last block.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from triptych.data.corruption import CorruptionConfig
+from triptych.data.views import Views, ViewSpec
+from triptych.encoders.base import Encoder
+from triptych.heads import PixelHead
+from triptych.methods.base import Method, Step, pixel_error, seen
+from triptych.schedules import Progress
+
+
+class GMMLConfig(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["gmml"] = "gmml"
+    corruption: CorruptionConfig = CorruptionConfig()  # three quarters noise, or 30 % of another image
+    blocks: tuple[int, ...] = Field(default=(6, 8, 10, 12), min_length=1)  # that are read, counted from 1
+
+
+class GMML(Method):
+    @staticmethod
+    def view_spec(config: GMMLConfig) -> ViewSpec:
+        return ViewSpec(corruption=config.corruption, local_crops=False)
+
+    def __init__(self, encoder: Encoder, config: GMMLConfig):
+        super().__init__()
+        encoder.check_blocks(config.blocks)
+        self.config, self.backbone = config, encoder
+        self.pixels = PixelHead(encoder.width, encoder.patch_size)  # g_rec
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.backbone
+
+    def forward(self, views: Views, t: Progress) -> Step:
+        images: Tensor = torch.cat([seen(v) for v in views.global_crops])
+        tokens = self.backbone.mixed(images, self.config.blocks).chunk(len(views.global_crops))
+        loss = pixel_error(self.pixels, tokens, views)
+        return Step(loss, {"pixels": loss})
