@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--workers", type=int, default=0, help="of each run's loader")
     options, extra = parser.parse_known_args()
-    data = [str(options.data / f"{split}.zip") for split in ("train", "val")]
+    data = str(options.data / "train.zip"), str(options.data / "val.zip")
     words = [*BUDGET, "--loader.workers", str(options.workers), "--epochs", str(options.epochs), *extra]
     trained: dict[str, tuple[float, float]] = {}
     for pair in PAIRS:
@@ -58,7 +58,7 @@ def main() -> None:
     write_report("mmc", "MMC and each of its losses alone on imagenette128", command, table)
 
 
-def measure(run: Path, weights: str, data: list[str], out: Path) -> str:
+def measure(run: Path, weights: str, data: tuple[str, str], out: Path) -> str:
     near, flat = [], []
     for token in ("cls", "patch_mean"):
         about = {"weights": weights, "arch": None, "size": None, "token": token, "layers": 1, "cache": True}

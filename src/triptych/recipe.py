@@ -11,6 +11,7 @@ from triptych.data.sources import Source
 from triptych.encoders import Encoder, EncoderConfig, ViTConfig
 from triptych.encoders import build as build_encoder
 from triptych.encoders.load import load_weights
+from triptych.encoders.swin import Swin
 from triptych.errors import UserError
 from triptych.methods import METHODS, Method, MethodConfig, SupervisedConfig
 from triptych.optim import OptimConfig
@@ -99,8 +100,10 @@ def _check_fit(recipe: Recipe, encoder: Encoder) -> None:
     side = encoder.grid(views.global_size, views.global_size)[0]
     if spec.corruption is not None and views.global_size % spec.corruption.align:
         raise UserError(
-            f"{where}.corruption.align {spec.corruption.align} does not divide the {views.global_size} px of a global crop"
+            f"{where}.corruption.align {spec.corruption.align} does not divide the {views.global_size} px of a crop"
         )
+    if spec.drop is not None and isinstance(encoder, Swin):
+        raise UserError(f"{name} drops patches, and a Swin's windows need whole grids: set --encoder.name vit")
     if spec.drop is not None and int(side * side * (1 - spec.drop)) < 1:
         raise UserError(f"{where}.drop {spec.drop} leaves none of the {side}x{side} patches of a global crop: lower it")
     heads = getattr(base, "srs_heads", None)

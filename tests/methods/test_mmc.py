@@ -93,7 +93,7 @@ def test_patch_contrast_is_its_definition_however_it_is_cut_into_blocks(golden, 
 
 def whole(p, t, negatives):
     """The same from the matrix of all pairs."""
-    V, B, N, _ = p.shape
+    B, N = p.shape[1:3]
     scores = torch.einsum("vbip,vcjp->vbicj", p, t) / 0.2
     b, i, c, j = torch.meshgrid(*(torch.arange(n) for n in (B, N, B, N)), indexing="ij")
     own = (b == c) & (i == j)

@@ -4,7 +4,7 @@
     p = softmax( z·q / τ )                        z, q of unit length; q_1 … q_K: prototypes, trained
     p⁺ = p_target^{1/T} / Σ p_target^{1/T}        sharpened, of the teacher; without gradient
 
-Targets: the first global crop, whole.  Anchors: the second one with some patches dropped, and the local ("focal") crops.
+Targets: the first global crop, whole.  Anchors: the second one with some patches dropped, and the "focal" local crops.
 H(mean p), over all anchors, keeps every image from choosing the same prototype (me-max).
 """
 
