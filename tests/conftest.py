@@ -65,6 +65,7 @@ GOLDEN_BLOCK = {
     "ln1": "norm1",
     "qkv": "attn.qkv",
     "attn_out": "attn.proj",
+    "proj": "attn.proj",
     "ln2": "norm2",
     "mlp_in": "mlp.fc1",
     "mlp_out": "mlp.fc2",

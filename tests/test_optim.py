@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import timm_name, tiny_encoder, tiny_swin
+from triptych.methods.supervised import Classifier
 from triptych.optim import LARS, OptimConfig, make_optimizer, parameter_groups, set_rates
 from triptych.schedules import Progress, cosine, warmup_cosine
+from triptych.tokens import TokenSpec
 
 
 def table(schedule, steps, total, steps_per_epoch=1):
@@ -101,6 +104,37 @@ def test_every_trained_parameter_is_in_one_group_and_frozen_ones_in_none():
     for decay in ("matrices", "all"):
         grouped = [id(p) for group in parameter_groups(model, decay) for p in group["params"]]
         assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_layer_decay_is_maes(golden):
+    """Rate's scale and weight decay of every parameter of a ViT of 12 blocks with a classifier."""
+    g = golden("mae_layer_decay")
+    classifier = Classifier(tiny_encoder(TokenSpec(), depth=int(g["depth"])), 3)
+    found = {}
+    for gamma in (65, 75):
+        optimizer = make_optimizer(classifier, OptimConfig(layer_decay=gamma / 100, decay="no_tokens"))
+        set_rates(optimizer, 1.0, 0.05)
+        for group in optimizer.param_groups:
+            found |= {(id(p), gamma): (group["lr"], group["weight_decay"]) for p in group["params"]}
+    names = dict(classifier.named_parameters())
+    for i, name in enumerate(g["names"].tolist()):
+        leaf = {"w": "weight", "b": "bias"}.get(name[-1])
+        ours = f"head.{leaf}" if name.startswith("head") else f"encoder.vit.{timm_name(name.removeprefix('enc.'))}"
+        for gamma in (65, 75):
+            expected = g[f"scale_{gamma}"][i].item(), g[f"wd_{gamma}"][i].item()
+            assert found[id(names.pop(ours) if gamma == 75 else names[ours]), gamma] == pytest.approx(expected), ours
+    assert not names
+
+
+def test_a_swins_layers_are_counted_through_its_stages():
+    encoder = tiny_swin(TokenSpec(cls=0))
+    layers = {id(p): n for p, n in encoder.layer_numbers()}
+    numbers = {name: layers[id(p)] for name, p in encoder.named_parameters()}
+    assert numbers["swin.patch_embed.proj.weight"] == 0
+    assert numbers["swin.layers.0.blocks.1.attn.qkv.weight"] == 2
+    assert numbers["swin.layers.1.downsample.norm.weight"] == 3
+    assert numbers["swin.layers.1.blocks.1.attn.qkv.weight"] == 4
+    assert numbers["swin.norm.weight"] == 5
 
 
 def test_parameters_without_gradient_stand_still_under_lars():

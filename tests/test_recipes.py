@@ -13,7 +13,8 @@ from triptych.recipes import RECIPES
 from triptych.schedules import Progress
 from triptych.settings import flat, nested, parse_overrides, resolve
 
-SMALL_HEADS = {"hidden": 16, "embedding": 8, "prototypes": 32, "queue": 8, "pool_kernel": 3}
+SMALL_HEADS = {"hidden": 16, "embedding": 8, "prototypes": 32, "queue": 8, "pool_kernel": 3, "blocks": [1, 2]}
+SMALL_HEADS |= {"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
 
 
 def toy(name: str) -> Recipe:

@@ -1,4 +1,16 @@
-"""MMC's Table 4: every combination of its three losses."""
+"""MMC's Table 4 on anybody's images: every combination of its three losses, trained, measured and fine-tuned."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from triptych import distributed
+from triptych.errors import UserError
+from triptych.recipe import Recipe
+from triptych.settings import Flat, resolve
 
 # Row of the table -> weights of L_MIM, L_PAT, L_CLS (`--method.weights`), in the paper's order.
 COMBINATIONS: dict[str, tuple[int, int, int]] = {
@@ -10,3 +22,104 @@ COMBINATIONS: dict[str, tuple[int, int, int]] = {
     "pixels+class": (1, 0, 1),
     "pixels+patch+class": (1, 1, 1),
 }
+TUNING = "tuning."  # overrides of the fine-tuning recipe begin with it
+
+
+def ablate(
+    data: str,
+    test: str | None,
+    *,
+    recipe: str,
+    finetune: str | None,
+    rows: Sequence[str] | None,
+    out: Path,
+    k: int,
+    overrides: Flat,
+) -> list[dict[str, Any]]:
+    """Trains (or goes on with) every row under out/ROW, fine-tunes it under out/ROW-finetuned, and measures.
+
+    -> one dict per row: losses, knn_class, knn_patch, finetuned (top-1 percent; None without fine-tuning).
+    Under torchrun all processes train; the first one measures and returns the rows, the others return none.
+    """
+    from triptych.commands import labelled_pair
+    from triptych.train import train
+
+    chosen = list(COMBINATIONS) if rows is None else list(rows)
+    if unknown := [row for row in chosen if row not in COMBINATIONS]:
+        raise UserError(f"no row {unknown[0]!r} in the table; there are {', '.join(COMBINATIONS)}")
+    recipes = {row: row_recipe(recipe, row, overrides) for row in chosen}
+    tuned = {row: tuning_recipe(finetune, recipes[row], out / row, overrides) for row in chosen} if finetune else {}
+    distributed.start()
+    try:
+        pair = distributed.first_process_first(lambda: labelled_pair(data, test))
+        for row in chosen:
+            _say(f"{row}: pre-training")
+            train(recipes[row], pair[0], out / row)
+        for row, one in tuned.items():
+            _say(f"{row}: fine-tuning")
+            train(one, pair[0], out / f"{row}-finetuned")
+        main = distributed.is_main()
+    finally:
+        distributed.stop()
+    return [measure(row, out, data, test, k, row in tuned) for row in chosen] if main else []
+
+
+def row_recipe(name: str, row: str, overrides: Flat) -> Recipe:
+    """The MMC recipe with the row's losses.  Raises UserError for the recipe of another method."""
+    own = {key: value for key, value in overrides.items() if not key.startswith(TUNING)}
+    if "method.weights" in own:
+        raise UserError("--method.weights are what the table varies: leave them out, or choose --rows")
+    found, _ = resolve(name, None, own)
+    if found.method.name != "mmc":
+        raise UserError(f"--recipe {name} trains {found.method.name}: the table is about the losses of mmc")
+    if not COMBINATIONS[row][2] and found.views.local_crops:
+        own["views.local_crops"] = 0  # without L_CLS nothing reads them
+    found, _ = resolve(name, None, own | {"method.weights": list(COMBINATIONS[row])})
+    return found
+
+
+def tuning_recipe(name: str, trained: Recipe, run: Path, overrides: Flat) -> Recipe:
+    """The fine-tuning recipe for what a run trained: its encoder, image size and normalisation."""
+    own = {key.removeprefix(TUNING): value for key, value in overrides.items() if key.startswith(TUNING)}
+    found, _ = resolve(name, None, own)
+    if found.method.name != "supervised":
+        raise UserError(f"--finetune {name} trains {found.method.name}: give a recipe of supervised training, or none")
+    same = {field: getattr(trained.views, field) for field in ("global_size", "mean", "std")}
+    encoder = {"weights": str(run), "drop_path": found.encoder.drop_path}
+    return found.model_copy(
+        update={
+            "encoder": trained.encoder.model_copy(update=encoder),
+            "views": found.views.model_copy(update=same),
+        }
+    )
+
+
+def measure(row: str, out: Path, data: str, test: str | None, k: int, tuned: bool) -> dict[str, Any]:
+    """The teacher's class token and mean patch by k-NN, the fine-tuned classifier as it is."""
+    from triptych.commands import eval_knn
+    from triptych.run_evals import eval_classify
+
+    about: dict[str, Any] = {"weights": "teacher", "arch": None, "size": None, "layers": 1, "cache": True}
+    results, values = out / "results.jsonl", []
+    for token in ("cls", "patch_mean"):
+        found = eval_knn(str(out / row), data, test, results, k=[k], temperature=0.07, token=token, **about)
+        values.append(found["top1"][k])
+    top1 = None
+    if tuned:
+        found = eval_classify(str(out / f"{row}-finetuned"), data, test, results, weights="teacher", size=None)
+        top1 = found["top1"]["global"]
+    return {"losses": row, "knn_class": values[0], "knn_patch": values[1], "finetuned": top1}
+
+
+def table(rows: list[dict[str, Any]], k: int) -> Table:
+    """Percent, a row per combination."""
+    shown = Table("losses", f"{k}-NN, class token", f"{k}-NN, mean patch", "fine-tuned, top-1", title="MMC's losses, %")
+    for row in rows:
+        numbers = (row["knn_class"], row["knn_patch"], row["finetuned"])
+        shown.add_row(row["losses"], *("-" if x is None else f"{x:.2f}" for x in numbers))
+    return shown
+
+
+def _say(text: str) -> None:
+    if distributed.is_main():
+        Console().print(text, highlight=False, markup=False)

@@ -53,6 +53,45 @@ def train(
 
 
 @app.command
+def ablate(
+    *overrides: Overrides,
+    data: str,
+    test: str | None = None,
+    recipe: str = "mmc_small",
+    finetune: str = "finetune_small",
+    rows: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    k: int = 10,
+    out: Path = Path("runs/ablation"),
+) -> None:
+    """MMC's Table 4: train every combination of its three losses, k-NN on class and patch tokens, fine-tune.
+
+    The same command goes on with what was stopped.  Settings of the recipe are given as for `train`, those of the
+    fine-tuning with the prefix `tuning.`: `--epochs 50 --tuning.epochs 20`.
+
+    Parameters
+    ----------
+    data
+        Labelled images; labels are used by k-NN and fine-tuning only.
+    test
+        Labelled images to measure on.  Default: the data's own held-out part.
+    recipe
+        A recipe of MMC; see `triptych list`.
+    finetune
+        A recipe of supervised training, or none.
+    rows
+        Combinations such as pixels or patch+class.  Default: all seven.
+    k
+        Number of neighbours.
+    out
+        Folder of the runs.
+    """
+    from triptych import commands
+
+    tuned = None if finetune == "none" else finetune
+    commands.ablate(data, test, out, list(overrides), recipe=recipe, finetune=tuned, rows=rows, k=k)
+
+
+@app.command
 def cost(*overrides: Overrides, recipe: str = "udi_small", config: Path | None = None, size: int | None = None) -> None:
     """Print what each part of a method costs: multiply-accumulates and parameters, in training and after it.
 
@@ -223,6 +262,78 @@ def eval_classify(run: Run, *, options: Measured) -> None:
     from triptych import run_evals
 
     run_evals.eval_classify(run, **vars(options))
+
+
+@evaluate.command(name="variance")
+def eval_variance(
+    model: Model,
+    *,
+    data: str,
+    views: int = 128,
+    images: int | None = None,
+    scale: tuple[float, float] = (0.25, 1.0),
+    size: int | None = None,
+    weights: Literal["teacher", "student", "untrained"] = "teacher",
+    arch: str | None = None,
+    seed: int = 0,
+    out: Path = Path("results.jsonl"),
+) -> None:
+    """How much the global token varies under random crops of an image, and patch tokens where half of it is hidden.
+
+    Parameters
+    ----------
+    data
+        Images, labelled or not; of data with a held-out part, that part.
+    views
+        Crops of each image, and as many maskings.
+    images
+        At most so many images, drawn by the seed.  Default: all.
+    scale
+        Smallest and largest share of the image's area that a crop has.
+    size
+        Pixels of the crops.  Default: what the encoder was trained on.
+    weights
+        Of a run: the teacher, the student, or before training.
+    arch
+        timm name of the architecture, where a bare file of weights leaves the heads open.
+    out
+        File that the result is appended to as one JSON line.
+    """
+    from triptych import run_evals
+
+    options = {"views": views, "images": images, "scale": scale, "seed": seed}
+    run_evals.eval_variance(model, data, out, size=size, weights=weights, arch=arch, **options)
+
+
+@evaluate.command(name="reconstruction")
+def eval_reconstruction(
+    run: Run,
+    *,
+    data: str,
+    out: Path = Path("reconstruction.png"),
+    images: int = 4,
+    blocks: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
+    norm: bool = True,
+    seed: int = 0,
+) -> None:
+    """A picture of what the pixel head of MMC, SiT, GMML or MC-SSL makes of the student's patches after each block.
+
+    Parameters
+    ----------
+    data
+        Images, labelled or not; of data with a held-out part, that part.
+    out
+        File of the picture.
+    images
+        Rows of the picture, drawn by the seed.
+    blocks
+        Counted from 1.  Default: the upper half.
+    norm
+        The patches pass the encoder's final norm before the head.
+    """
+    from triptych import run_evals
+
+    run_evals.eval_reconstruction(run, data, out, images=images, blocks=blocks or (), norm=norm, seed=seed)
 
 
 @app.command

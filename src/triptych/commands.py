@@ -79,6 +79,15 @@ def train(
         print(f"next: triptych eval knn {out} --data DATA   or   triptych export {out} --out FOLDER")
 
 
+def ablate(data: str, test: str | None, out: Path, overrides: list[str], *, k: int, **options) -> None:
+    from triptych import ablation
+
+    writable(out / "results.jsonl")
+    rows = ablation.ablate(data, test, out=out, k=k, overrides=parse_overrides(overrides), **options)
+    if rows:
+        console.print(ablation.table(rows, k))
+
+
 def cost(recipe: str, config: Path | None, overrides: list[str], size: int | None) -> None:
     from triptych.cost import COLUMNS as COST_COLUMNS
     from triptych.cost import cost as measured

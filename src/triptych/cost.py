@@ -88,7 +88,8 @@ def cost(recipe: Recipe, size: int | None = None) -> Cost:
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     method.requires_grad_(False)  # torch's counter trips over views of trained parameters
     module: nn.Module = method.base if isinstance(method, MTE) else method
-    tower = method.model if isinstance(method, Supervised) else cast(Siamese, module).student
+    siamese = isinstance(module, Siamese)
+    tower: nn.Module = method.model if isinstance(method, Supervised) else module.student if siamese else module
     encoder = cast(Encoder, tower.encoder)
     encoder.grid(pixels, pixels)
     parts, x = _encoder_parts(encoder, torch.empty(1, 3, pixels, pixels, device="meta"), notes)
@@ -97,11 +98,15 @@ def cost(recipe: Recipe, size: int | None = None) -> Cost:
         parts.append(Part("classifier of the global token", macs, count(method.model.head)))
         notes.append("Exports keep the encoder; `triptych eval classify` also uses the classifier of the global token.")
         ensemble = method.ensemble
+    elif not siamese:
+        ensemble = None
     else:
         window = METHODS[type(module.config)].view_spec(module.config).window_global  # type: ignore[index]
-        more, x = _tower_parts(cast(Tower, tower), cast(Siamese, module).predictor, x, window, notes)
+        own = getattr(module, "prototypes", None)  # MSN's, which both towers use
+        more, x = _tower_parts(cast(Tower, tower), module.predictor, own, x, window, notes)
         parts += more
         ensemble = method.student_ensemble if isinstance(method, MTE) else None
+    parts += _pixel_parts(module, encoder, x, notes)
     if ensemble is not None:
         more, z_a = _ensemble_parts(ensemble, x)
         parts += more
@@ -162,7 +167,7 @@ def _encoder_parts(encoder: Encoder, images: Tensor, notes: list[str]) -> tuple[
 
 
 def _tower_parts(
-    tower: Tower, predictor: nn.Module, x: Tokens, window: int, notes: list[str]
+    tower: Tower, predictor: nn.Module, prototypes: nn.Module | None, x: Tokens, window: int, notes: list[str]
 ) -> tuple[list[Part], Tokens]:
     """-> what follows the encoder in the base method, the tokens with those that the base adds"""
     modules = dict(tower.named_children())
@@ -182,11 +187,12 @@ def _tower_parts(
         compared.append(z_head)
         x = replace(x, aux=token[:, None] if x.aux is None else torch.cat([x.aux, token[:, None]], 1))
     own_set = modules.get("patch_prototypes")
+    prototypes = modules.get("prototypes", prototypes)
     if z_patch is not None and own_set is None:
         compared.append(z_patch)
-    if "prototypes" in modules:
-        macs, _ = measure(lambda: [F.linear(u, tower.prototypes.weight) for u in compared])
-        parts.append(Part("prototypes", macs, count(tower.prototypes)))
+    if prototypes is not None:
+        macs, _ = measure(lambda: [F.linear(u, cast(Tensor, prototypes.weight)) for u in compared])
+        parts.append(Part("prototypes", macs, count(prototypes)))
     if z_patch is not None and own_set is not None:
         macs, _ = measure(lambda: F.linear(z_patch, cast(Tensor, own_set.weight)))
         parts.append(Part("prototypes of patches", macs, count(own_set)))
@@ -205,6 +211,11 @@ def _patch_parts(tower: Tower, x: Tokens, window: int, notes: list[str]) -> tupl
         macs, patches = measure(lambda: tower.srs(x.patch_raw, at))
         parts.append(Part(f"SRS, {places} sampled patches", macs, count(tower.srs)))
         notes.append(f"UDI's student projects the {places} patches that are sampled of a global crop.")
+    elif hasattr(tower, "patch_projector"):  # MMC
+        macs, _ = measure(lambda: tower.patch_projector(patches.flatten(0, 1)))
+        return [Part(f"patch head on {patches.shape[1]} patches", macs, count(tower.patch_projector))], None
+    elif hasattr(tower, "patch_prototypes") and not tower.encoder.spec.mask:  # MC-SSL
+        pass
     elif tower.encoder.spec.mask:  # methods that hide patches project them
         notes.append(
             f"All {patches.shape[1]} patches are counted through head and prototypes, as the paper counts; here the "
@@ -214,6 +225,29 @@ def _patch_parts(tower: Tower, x: Tokens, window: int, notes: list[str]) -> tupl
         return [], None
     macs, z_patch = measure(lambda: tower.projector(patches))
     return [*parts, Part(f"global head on {patches.shape[1]} patches", macs)], z_patch
+
+
+def _pixel_parts(module: nn.Module, encoder: Encoder, x: Tokens, notes: list[str]) -> list[Part]:
+    """What reconstructs pixels, and what is saved where patches are dropped."""
+    parts = []
+    if hasattr(module, "pixels"):
+        head = cast(nn.Module, module.pixels)
+        macs, _ = measure(lambda: head(x.patch, x.grid))
+        parts.append(Part("pixel head", macs, count(head)))
+    drop = METHODS[type(module.config)].view_spec(module.config).drop  # type: ignore[index]
+    if drop is not None:
+        rows, columns = cast(tuple[int, int], x.grid)
+        keep = torch.arange(int(rows * columns * (1 - drop)), device="meta")[None]
+        images = torch.empty(1, 3, *(n * encoder.patch_size for n in (rows, columns)), device="meta")
+        whole, _ = measure(lambda: encoder(images))
+        macs, kept = measure(lambda: encoder(images, keep=keep))
+        parts.append(Part(f"{rows * columns - keep.shape[1]} dropped patches", macs - whole))
+        notes.append(f"The student sees {keep.shape[1]} of {rows * columns} patches; the encoder's row is of all.")
+        if hasattr(module, "decoder"):
+            decoder = cast(nn.Module, module.decoder)
+            macs, _ = measure(lambda: decoder(kept.global_token, kept.patch, keep, (rows, columns)))
+            parts.append(Part("decoder", macs, count(decoder)))
+    return parts
 
 
 def _ensemble_parts(ensemble: Ensemble, x: Tokens) -> tuple[list[Part], Tensor]:

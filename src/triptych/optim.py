@@ -7,11 +7,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from triptych.encoders.base import Encoder
 from triptych.schedules import WarmUp, ahead, cosine, stretched, warmup_cosine
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Clipping = Literal["per_parameter", "global"]
-Decay = Literal["matrices", "all"]
+Decay = Literal["matrices", "no_tokens", "all"]
+TOKENS = ("cls_token", "reg_token", "pos_embed", "mask_token", "aux_tokens")
 
 
 class OptimConfig(BaseModel):
@@ -26,7 +28,9 @@ class OptimConfig(BaseModel):
     horizon: float = Field(default=1.0, ge=1)  # both schedules end after so many runs, that is, are cut off (MSN: 1.25)
     weight_decay: float = Field(default=0.04, ge=0)  # start ...
     weight_decay_end: float = Field(default=0.4, ge=0)  # ... cosine to
-    decay: Decay = "matrices"  # what decays, and what LARS adapts to: no biases and vectors, or every parameter
+    # What decays and what LARS adapts to: no biases and vectors; nor tokens and positions (fine-tuning); or all.
+    decay: Decay = "matrices"
+    layer_decay: float = Field(default=1.0, gt=0, le=1)  # γ: the rate is γ times that of the layer above (fine-tuning)
     betas: tuple[Share, Share] = (0.9, 0.999)  # adamw
     eps: float = Field(default=1e-8, gt=0)  # adamw
     momentum: Share = 0.9  # lars, sgd
@@ -44,18 +48,31 @@ class OptimConfig(BaseModel):
         return stretched(lr, self.horizon), stretched(decay, self.horizon)
 
 
-def parameter_groups(model: nn.Module, decay: Decay = "matrices") -> list[dict]:
+def parameter_groups(model: nn.Module, decay: Decay = "matrices", layer_decay: float = 1.0) -> list[dict]:
     """Trained parameters: "matrices" gives two groups, decayed and not (biases and vectors); "all" gives one, decayed.
 
-    As DINO's: class tokens, positions and a trained gain of the prototypes are decayed.
+    As DINO's, "matrices" are all that is not 1-D: class tokens, positions and a trained gain of prototypes too.
+    layer_decay below 1 makes such groups for every layer of the encoder, with `scale` γ^(L + 1 − layer), 1 outside it.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if decay == "all":
-        return [{"params": [p for _, p in named], "decay": True}]
-    free = exempt(model)
-    plain = [p for name, p in named if p.ndim == 1 or name.endswith(".bias") or id(p) in free]
-    decayed = [p for name, p in named if not (p.ndim == 1 or name.endswith(".bias") or id(p) in free)]
-    return [{"params": decayed, "decay": True}, {"params": plain, "decay": False, "weight_decay": 0.0}]
+    layers = layer_numbers(model) if layer_decay < 1 else {}
+    last, free = max(layers.values(), default=0), exempt(model)
+    groups: dict[tuple[int, bool], list[Tensor]] = {(last, True): []} | ({} if decay == "all" else {(last, False): []})
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            leaf = name.rpartition(".")[2]
+            spared = p.ndim == 1 or leaf == "bias" or id(p) in free or (decay == "no_tokens" and leaf in TOKENS)
+            decayed = decay == "all" or not spared
+            groups.setdefault((layers.get(id(p), last), decayed), []).append(p)
+    return [
+        {"params": params, "decay": decayed, "scale": layer_decay ** (last - layer), "weight_decay": 0.0}
+        for (layer, decayed), params in groups.items()
+    ]
+
+
+def layer_numbers(model: nn.Module) -> dict[int, int]:
+    """Layer of every parameter of the trained encoder by identity: 0 embeds, i is block i, then the final norm."""
+    encoders = [m for m in model.modules() if isinstance(m, Encoder) and any(p.requires_grad for p in m.parameters())]
+    return {id(p): number for encoder in encoders for p, number in encoder.layer_numbers()}
 
 
 def exempt(model: nn.Module) -> set[int]:
@@ -65,7 +82,7 @@ def exempt(model: nn.Module) -> set[int]:
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The optimiser over `parameter_groups`; rates are set at every step by `set_rates`."""
-    groups = parameter_groups(model, config.decay)
+    groups = parameter_groups(model, config.decay, config.layer_decay)
     if config.kind == "lars":
         return LARS(groups, momentum=config.momentum, trust=config.trust)
     if config.kind == "sgd":
@@ -121,7 +138,7 @@ def trust_ratios(params: list[Tensor], updates: list[Tensor], trust: float) -> l
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("scale", 1.0)  # runs of before 0.2 have none
         if group["decay"]:
             group["weight_decay"] = weight_decay
 

@@ -1,12 +1,16 @@
 """Pictures of what an encoder's tokens see."""
 
+import itertools
+
 import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from triptych.data.views import View
 from triptych.encoders import Encoder
+from triptych.evals.reconstruction import Reconstruction
 
 _MARGIN = 4  # pixels between tiles
 
@@ -68,6 +72,40 @@ def token_sheet(encoder: Encoder, pixels: Tensor, images: Tensor, side: int = 12
         columns[f"attention of {name}"] = [_tile(m, side) for m in maps]
     columns["PCA of patches"] = [_tile(m, side) for m in patch_pca(encoder, images)]
     return _sheet(columns, side)
+
+
+def reconstruction_sheet(
+    result: Reconstruction,
+    view: View,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    side: int = 128,
+) -> Image.Image:
+    """One row per image: the image, what the student saw, R_l of every block, differences of neighbouring blocks.
+
+    Pixels are put back to 0..1 by mean and std, and cut off there.  A head that reads the mean of several blocks adds
+    what it makes of that, after R_l.  The differences share one scale, 0 to their largest value.
+    """
+    assert view.corrupted is not None
+    columns = {"image": view.images, "corrupted": view.corrupted}
+    columns |= {f"block {block}": x for block, x in zip(result.blocks, result.images, strict=True)}
+    if len(result.read) > 1:
+        columns["mean " + " ".join(map(str, result.read))] = result.trained
+    shift, scale = (torch.tensor(x)[:, None, None] for x in (mean, std))
+    tiles = {
+        name: [_photo((x * scale + shift).clamp(0, 1), side) for x in images.cpu()] for name, images in columns.items()
+    }
+    maps = result.differences.cpu()
+    maps = maps / maps.max().clamp(min=1e-12) if len(maps) else maps
+    for i, name in enumerate(f"|{b} \N{MINUS SIGN} {a}|" for a, b in itertools.pairwise(result.blocks)):
+        tiles[name] = [_tile(x, side) for x in maps[i]]
+    return _sheet(tiles, side)
+
+
+def _photo(pixels: Tensor, side: int) -> np.ndarray:
+    """(3, H, W) in 0..1 as a square tile."""
+    array = (pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    return cv2.resize(array, (side, side), interpolation=cv2.INTER_AREA if len(array) > side else cv2.INTER_CUBIC)
 
 
 def _sheet(columns: dict[str, list[np.ndarray]], side: int) -> Image.Image:

@@ -1,20 +1,24 @@
-"""`triptych eval tokens` and `eval classify`: protocols that need a whole run, not its encoder alone."""
+"""`triptych eval tokens`, `classify`, `variance`, `reconstruction`: protocols beyond one vector of each image."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from triptych.commands import about_images, console, device, labelled_pair, report, say_unreadable, writable
-from triptych.data.sources import open_source, splits
+from triptych.data.sources import Source, open_source, splits
 from triptych.encoders import Encoder
-from triptych.encoders.load import load_method
+from triptych.encoders.load import load_encoder, load_method
+from triptych.errors import UserError
 from triptych.evals.classify import check_supervised, classify
 from triptych.evals.features import EvalTransform, labels_of, weights_hash
+from triptych.evals.reconstruction import corrupted_view, reconstruct, with_pixel_head
 from triptych.evals.token_analysis import COLUMNS
 from triptych.evals.tokens import Side, TokensResult, extract_tokens, measure_tokens
+from triptych.evals.variance import variance
 from triptych.recipe import Recipe
 
 
@@ -89,6 +93,55 @@ def eval_classify(run: str, data: str, test: str | None, out: Path, *, weights, 
         what = f"global token, {kind}: what inference uses" if token == "global" else token
         table.add_row(what, f"{result.top1[token]:.2f}", f"{result.top5[token]:.2f}")
     return report("classify", asdict(result), about, table, out)
+
+
+def eval_variance(model: str, data: str, out: Path, *, size, weights, arch, **options) -> dict:
+    writable(out)
+    source, loaded = _held_out(data), load_encoder(model, weights=weights, arch=arch)
+    pixels = size or loaded.size
+    loaded.encoder.grid(pixels, pixels)
+    transform = EvalTransform.of(pixels, loaded.mean, loaded.std)
+    result = variance(loaded.encoder, source, transform, device=device(), **options)
+    about = {"model": loaded.name, "encoder": weights_hash(loaded.encoder), "heads": loaded.encoder.heads}
+    about |= {"test": {"name": source.name, "fingerprint": source.fingerprint()}, "resize": transform.resize}
+    if result.unreadable:
+        asked = result.images + result.unreadable
+        console.print(escape(f"{result.unreadable} of {asked} images of {source.name} cannot be read: left out"))
+    title = escape(f"{result.images} images of {source.name}, {loaded.name}")
+    table = Table("tokens of the last block", "variance", title=title)
+    token = "class token" if loaded.encoder.spec.cls else "mean patch (there is no class token)"
+    table.add_row(f"{token}, over {result.views} random crops", f"{result.image:.4f}")
+    table.add_row(f"patch, over {result.views} maskings of half the pixels", f"{result.patch:.4f}")
+    return report("variance", asdict(result), about, table, out)
+
+
+def eval_reconstruction(run: str, data: str, out: Path, *, images: int, blocks: Sequence[int], norm: bool, seed: int):
+    from PIL import Image
+
+    from triptych.pictures import reconstruction_sheet
+
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--out {out}: name a picture file, such as reconstruction.png")
+    source, (recipe, method, name) = _held_out(data), load_method(run, "student")
+    base, look = with_pixel_head(method.to(device())), recipe.views
+    transform = _transform(recipe, base.encoder, None)
+    view = corrupted_view(source, base.config.corruption, transform, images=images, seed=seed, device=device())
+    result = reconstruct(method, view, blocks, norm=norm)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    reconstruction_sheet(result, view, look.mean, look.std).save(out)
+    title = escape(f"{len(view.images)} images of {source.name}, {name} (student)")
+    table = Table("head reads", "masked L1", title=title)
+    for block, error in zip(result.blocks, result.errors, strict=True):
+        table.add_row(f"block {block}", f"{error:.4f}")
+    table.add_row(f"as trained: block {' '.join(map(str, result.read))}", f"{result.trained_error:.4f}")
+    console.print(table)
+    console.print(f"picture: {out}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _held_out(data: str) -> Source:
+    """The data's own held-out part, where it has one."""
+    own = splits(data)
+    return own[1] if own else open_source(data)
 
 
 def _transform(recipe: Recipe, encoder: Encoder, size: int | None) -> EvalTransform:

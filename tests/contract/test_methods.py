@@ -52,6 +52,8 @@ BASE_CONFIGS = {
     "mcssl": MCSSLConfig(**PROTOTYPES, **MOMENTUM),
     "msn": MSNConfig(**PROTOTYPES, **MOMENTUM, drop=0.375),
 }
+# MMC's other readings: its patches meet those of all images, on all processes.
+READINGS = {"negatives": "all_positions", "scored": "share", "pairs": "both", "local_crops": "teacher"}
 ENSEMBLE = {"aux": 2, "pooled": 2, "pool_kernel": 3}
 NO_GRID = {"msn": {"pooled": 0}}  # patches are dropped
 CASES = (
@@ -65,6 +67,7 @@ CASES = (
         "gmml": (GMMLConfig(blocks=(1, 2)), "vit"),
         "supervised": (SupervisedConfig(classes=3, mixup=0, cutmix=0, average=0.9), "vit"),
         "mte-supervised": (SupervisedConfig(classes=3, mixup=0, cutmix=0, average=0.9, **ENSEMBLE), "vit"),
+        "mmc-readings": (MMCConfig(**CONTRAST, **MOMENTUM, **READINGS), "vit"),
         "dino-swin": (BASE_CONFIGS["dino"], "swin"),
         "ibot-swin": (BASE_CONFIGS["ibot"], "swin"),
         "mmc-swin": (BASE_CONFIGS["mmc"], "swin"),

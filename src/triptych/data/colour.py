@@ -175,6 +175,13 @@ COLOURS: dict[str, dict[Role, Mixture]] = {
     "gmml": _every((1.0, Colour(0.1, 0.1, 0.1, 0.01, p_jitter=0.3, p_grey=0.0, p_blur=0.1))),
     # Ours, for images whose colours tell nothing: views share no hue, so that only form can match them.
     "form": _every((1.0, Colour(saturation=0.4, hue=0.5, p_jitter=1.0, p_grey=0.3, p_blur=0.2))),
+    # Touvron et al. 2022 (DeiT III), "3-Augment": one of grey, solarisation, blur, and a jitter.
+    "three_augment": _every(
+        *(
+            (1 / 3, Colour(0.3, 0.3, 0.3, 0.0, p_jitter=1.0, p_grey=g, p_blur=b, p_solarise=s))
+            for g, b, s in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+        )
+    ),
     "none": _every((1.0, Colour(p_jitter=0.0, p_grey=0.0, p_blur=0.0))),
 }
 

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from triptych.data.images import UnreadableImage, to_rgb
 from triptych.data.stores import Files, Store, open_store
+from triptych.data.subsets import SUBSETS, positions
 from triptych.data.torchvision_sets import SETS, TorchvisionStore
 from triptych.errors import UserError, nearest
 
@@ -25,6 +26,7 @@ SOURCES: dict[str, str] = {
     "FILE.tar": "the same inside an uncompressed tar file, read without unpacking",
     "FILE.txt": "a list (.txt or .lst): one image path per line, and after a TAB its label if there is one",
     "scenes[:N][@SEED]": "N (1000) labelled drawings of 96 x 96 pixels, made on the fly: for trials without data",
+    "imagenet100[:SPLIT]@ROOT": "100 classes of the ImageNet that lies in the folder or archive ROOT",
     **{name: known.about for name, known in SETS.items()},
 }
 HELD_OUT = ("test", "val", "valid", "validation")  # names of folders to measure on, best first
@@ -76,10 +78,13 @@ def open_source(spec: str | Path, *, split: str | None = None) -> Source:
     kind, of, root = _named(spec)
     if kind == "scenes":
         return _Scenes(name, spec, split)
+    if kind in SUBSETS:
+        return _part_of_set(name, kind, root, split or of or None)
     if kind not in SETS:
+        known = ["scenes", *SUBSETS, *SETS]
         raise UserError(
-            f"{spec!r} is neither an existing path nor a data set{nearest(kind, ['scenes', *SETS])}\n"
-            f"Give a folder of images, a .zip, a .tar, a list of paths (.txt), or one of: scenes, {', '.join(SETS)}"
+            f"{spec!r} is neither an existing path nor a data set{nearest(kind, known)}\n"
+            f"Give a folder of images, a .zip, a .tar, a list of paths (.txt), or one of: {', '.join(known)}"
         )
     if split and of:
         raise UserError(f"{spec} names a split already, and split {split!r} is asked for; give {kind} without :{of}")
@@ -95,7 +100,9 @@ def splits(spec: str | Path) -> tuple[Source, Source] | None:
     """
     spec, path = str(spec), Path(spec).expanduser()
     if not _exists(path):
-        kind, of, _ = _named(spec)
+        kind, of, root = _named(spec)
+        if kind in SUBSETS and not of:
+            return (open_source(spec), open_source(spec, split="test")) if splits(root) else None
         both = kind == "scenes" or (kind in SETS and SETS[kind].test is not None and not of)
         return (open_source(spec, split="train"), open_source(spec, split="test")) if both else None
     if _is_list(path):
@@ -110,13 +117,19 @@ def splits(spec: str | Path) -> tuple[Source, Source] | None:
 
 
 class Subset:
-    """Chosen images of another source, in the order of `indices`; its name is the source's name with a suffix."""
+    """Chosen images of another source, in the order of `indices`; its name is the source's name with a suffix.
 
-    def __init__(self, source: Source, indices: Sequence[int], suffix: str) -> None:
+    classes: those that count, in their order, where not all of the source's do.
+    """
+
+    def __init__(
+        self, source: Source, indices: Sequence[int], suffix: str, classes: tuple[str, ...] | None = None
+    ) -> None:
         self.source = source
         self.indices = np.asarray(indices, dtype=np.int64)
         self.name = source.name + suffix
-        self.classes = source.classes
+        self.classes = classes or source.classes
+        self._numbers = {(source.classes or ()).index(name): i for i, name in enumerate(classes or ())}
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -125,13 +138,21 @@ class Subset:
         return self.source.image(int(self.indices[index]))
 
     def label(self, index: int) -> int | None:
-        return self.source.label(int(self.indices[index]))
+        label = self.source.label(int(self.indices[index]))
+        return label if label is None or not self._numbers else self._numbers[label]
 
     def key(self, index: int) -> str:
         return self.source.key(int(self.indices[index]))
 
     def fingerprint(self) -> str:
         return _digest([self.source.fingerprint(), *map(str, self.indices)])
+
+
+def _part_of_set(name: str, kind: str, root: str, split: str | None) -> Subset:
+    if not root:
+        raise UserError(f"{name}: say where ImageNet lies: {kind}@FOLDER")
+    whole = open_source(root, split=split)
+    return Subset(whole, positions(whole, SUBSETS[kind]), f" [{kind}]", SUBSETS[kind])
 
 
 # --- sources ---

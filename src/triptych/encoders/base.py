@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, Self, cast
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from triptych.errors import UserError
 from triptych.tokens import Tokens, TokenSpec
+
+EMBEDDING = ("cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre")  # names in a timm model
 
 
 class Encoder(nn.Module, ABC):
@@ -50,6 +52,20 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def native_size(self) -> tuple[int, int]:
         """Height and width (pixels) that the trunk was built for."""
+
+    @abstractmethod
+    def block_parts(self) -> list[list[nn.Module]]:
+        """What runs in each transformer block; a Swin's merging of patches belongs to the block behind it."""
+
+    def layer_numbers(self) -> Iterator[tuple[nn.Parameter, int]]:
+        """Every parameter with its layer: 0 = embedding, tokens and positions; 1 ... = blocks; depth + 1 = the rest."""
+        parts = enumerate(self.block_parts(), 1)
+        of_block = {id(p): i for i, modules in parts for module in modules for p in module.parameters()}
+        first = [p for p in (self.mask_token, self.aux_tokens) if p is not None]
+        first += [p for name, p in self.trunk.named_parameters() if name.startswith(EMBEDDING)]
+        of_block |= {id(p): 0 for p in first}
+        for p in self.parameters():
+            yield p, of_block.get(id(p), self.depth + 1)
 
     @abstractmethod
     def layers(

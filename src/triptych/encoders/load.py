@@ -147,8 +147,8 @@ def _plain_vit(name: str, model: nn.Module) -> ViT:
 def read_state(path: Path) -> State:
     """Tensors of a file under timm's names, from whichever nesting and prefixes it uses.
 
-    Checkpoints of DINO, iBOT and UDI: the teacher's backbone; of MoBY: the online encoder.  UDI's two class tokens
-    become the class token and the first register (class+).  Heads are left out.
+    Checkpoints of DINO, iBOT, UDI and MSN: the teacher's backbone; of MoBY: the online encoder.  UDI's two class tokens
+    become the class token and the first register (class+).  Heads and MAE's decoder are left out.
     """
     try:
         raw: Any = (
@@ -158,12 +158,15 @@ def read_state(path: Path) -> State:
         )
     except Exception as error:
         raise UserError(f"{path} is not a file of weights that can be read safely: {error}") from error
-    for key in ("teacher", "model", "state_dict"):
+    for key in ("teacher", "target_encoder", "model", "state_dict"):
         if isinstance(raw, dict) and isinstance(raw.get(key), dict):
             raw = raw[key]
     if not isinstance(raw, dict) or not all(isinstance(v, Tensor) for v in raw.values()):
         raise UserError(f"{path} holds no state dict; looked at its top level and under teacher, model, state_dict")
     return load_swin.timm_names(raw) if load_swin.is_swin(raw) else timm_names(raw)
+
+
+HEADS = ("head", "fc.", "projector", "prototypes", "srs", "mask_token", "decoder")
 
 
 def timm_names(raw: State) -> State:
@@ -172,7 +175,7 @@ def timm_names(raw: State) -> State:
     for name, value in raw.items():
         for prefix in ("module.", "backbone.", "backbone.", "encoder.", "vit."):
             name = name.removeprefix(prefix)
-        if not name.startswith(("head", "fc.", "projector", "prototypes", "srs", "mask_token")):
+        if not name.startswith(HEADS):
             state[name] = value
     for old, new in (
         ("fc_norm.weight", "norm.weight"),
@@ -253,15 +256,19 @@ def encoder_of(state: State, *, arch: str | None = None, heads: int | None = Non
 
 
 def load_weights(encoder: Encoder, file: str) -> None:
-    """Start an encoder from a file of weights: positions are resampled to its grid or windows, tokens it adds stay
-    fresh.
+    """Start an encoder from a file of weights, a run's folder (its teacher), a checkpoint of one or an export.
 
-    Raises UserError where anything else does not fit.
+    Positions are resampled to its grid or windows, tokens it adds stay fresh.  Raises UserError where anything else
+    does not fit.
     """
     path = Path(file)
-    if not path.is_file():
-        raise UserError(f"--encoder.weights {file}: no such file; give a .pt, .pth or .safetensors state dict")
-    state = read_state(path)
+    if not path.exists():
+        raise UserError(
+            f"--encoder.weights {file}: no such file; give a run's folder, an export, or a .pt, .pth or .safetensors "
+            "state dict"
+        )
+    ours = path.is_dir() or (path.parent.parent / "recipe.yaml").exists()
+    state = load_encoder(file).encoder.trunk.state_dict() if ours else read_state(path)
     if load_swin.is_swin(state) != isinstance(encoder, Swin):
         kinds = ("a ViT", "a Swin") if isinstance(encoder, Swin) else ("a Swin", "a ViT")
         raise UserError(f"{file} does not fit the encoder: it holds {kinds[0]}, the encoder is {kinds[1]}")

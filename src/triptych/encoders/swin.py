@@ -74,6 +74,9 @@ class Swin(Encoder):
         """Number of blocks, over all stages."""
         return sum(len(stage.blocks) for stage in self.stages)
 
+    def block_parts(self) -> list[list[nn.Module]]:
+        return [[block] if merge is None else [merge, block] for block, merge, _ in self._schedule()]
+
     @property
     def heads(self) -> int:
         return attention_of(_blocks(self.stages[-1])[-1]).num_heads

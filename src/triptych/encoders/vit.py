@@ -73,6 +73,9 @@ class ViT(Encoder):
     def blocks(self) -> list[Block]:
         return cast(list[Block], list(self.vit.blocks))  # `_check_plain` made sure
 
+    def block_parts(self) -> list[list[nn.Module]]:
+        return [[block] for block in self.blocks]
+
     @property
     def heads(self) -> int:
         return _attn(self.blocks[0]).num_heads

@@ -5,4 +5,6 @@ EVALS = {
     "linear": "a linear classifier on frozen features: triptych eval linear MODEL --data DATA",
     "tokens": "what each auxiliary token knows, and what their removal costs: triptych eval tokens RUN --data DATA",
     "classify": "the classifiers of a supervised run: triptych eval classify RUN --data DATA",
+    "variance": "how much tokens vary under crops and under masking: triptych eval variance MODEL --data DATA",
+    "reconstruction": "a picture of the pixels that each block gives: triptych eval reconstruction RUN --data DATA",
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 from triptych.data.corruption import CorruptionConfig
 from triptych.data.views import Views, ViewSpec
 from triptych.encoders.base import Encoder
+from triptych.errors import UserError
 from triptych.heads import PixelHead
 from triptych.methods.base import Method, Step, pixel_error, seen
 from triptych.schedules import Progress
@@ -25,7 +26,7 @@ class GMMLConfig(BaseModel):
 
     name: Literal["gmml"] = "gmml"
     corruption: CorruptionConfig = CorruptionConfig()  # three quarters noise, or 30 % of another image
-    blocks: tuple[int, ...] = Field(default=(6, 8, 10, 12), min_length=1)  # that are read, counted from 1
+    blocks: tuple[int, ...] = Field(default=(6, 8, 10, 12), min_length=1)  # that are read, counted from 1; the last too
 
 
 class GMML(Method):
@@ -36,6 +37,8 @@ class GMML(Method):
     def __init__(self, encoder: Encoder, config: GMMLConfig):
         super().__init__()
         encoder.check_blocks(config.blocks)
+        if max(config.blocks) < encoder.depth:
+            raise UserError(f"blocks up to {max(config.blocks)} leave block {encoder.depth} untrained: add it")
         self.config, self.backbone = config, encoder
         self.pixels = PixelHead(encoder.width, encoder.patch_size)  # g_rec
 

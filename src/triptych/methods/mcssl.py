@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from triptych.data.corruption import CorruptionConfig
+from triptych.data.corruption import CorruptionConfig, Fill
 from triptych.data.views import Views, ViewSpec
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP, PixelHead, Prototypes
@@ -27,12 +27,19 @@ from triptych.tokens import Tokens
 Weight = Annotated[float, Field(ge=0)]
 
 
+class MCSSLCorruption(CorruptionConfig):
+    """With defaults of its own, which a change of one setting leaves to the others."""
+
+    kinds: tuple[Fill, ...] = Field(default=("zeros",), min_length=1)
+    share: float = Field(default=0.5, ge=0, le=1)
+
+
 class MCSSLConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["mcssl"] = "mcssl"
     weights: tuple[Weight, Weight, Weight] = (1.0, 1.0, 1.0)  # of L_CLS, L_PAT, L_MIM
-    corruption: CorruptionConfig = CorruptionConfig(kinds=("zeros",), share=0.5)
+    corruption: MCSSLCorruption = MCSSLCorruption()
     hidden: int = Field(default=2048, ge=1)  # width of the projector's two hidden layers
     embedding: int = Field(default=256, ge=1)  # P
     prototypes: int = Field(default=8192, ge=2)  # K, of class token and of patches

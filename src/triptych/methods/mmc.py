@@ -6,8 +6,8 @@
     L_CLS = −log softmax_b'( s(c_b^v, k_b'^u) )[b]                   c^v: student, crop v;  k^u: teacher, crop u  (3)
     s(a, b) = a·b / (|a||b| τ)
 
-The student sees corrupted crops x̃, the teacher clean ones x.  p, t: heads on patches of one crop, corrupted, clean; c, k:
-heads on class tokens.  The stored paper has lost its formulas: what is open is a setting (docs/methods/mmc.md).
+The student sees corrupted crops x̃, the teacher clean ones x.  p, t: heads on patches of a crop; c, k: on class tokens.
+The stored paper has lost its formulas: what is open is a setting (docs/methods/mmc.md).
 """
 
 from typing import Annotated, Literal, Self

@@ -9,6 +9,7 @@ H(mean p), over all anchors, keeps every image from choosing the same prototype 
 """
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -70,8 +71,7 @@ class MSN(Method):
     def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
         target, anchor = views.global_crops
         if self.config.shared_drop and anchor.keep is not None:
-            first = anchor.keep[:1]
-            anchor = anchor.map(lambda x: first.expand_as(x) if x is anchor.keep else x)
+            anchor = replace(anchor, keep=anchor.keep[:1].expand_as(anchor.keep))
         return self.student.encode([anchor, *views.local_crops], see="kept"), self.teacher.encode([target])
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
@@ -97,8 +97,7 @@ class MSN(Method):
     @torch.no_grad()
     def targets(self, z: Tensor) -> Tensor:
         """(B, P) -> p⁺ (B, K)"""
-        p = self.assign(z) ** (1 / self.config.sharpen)
-        p = p / p.sum(-1, keepdim=True)
+        p = (self.assign(z).log() / self.config.sharpen).softmax(-1)  # a power of p itself could round to 0 everywhere
         return balanced(p, self.config.sinkhorn) if self.config.sinkhorn else p
 
     def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor, views: Views, t: Progress) -> Step:

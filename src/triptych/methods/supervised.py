@@ -9,6 +9,7 @@ y: labels, smoothed and mixed by mixup and cutmix.  Inference uses o_g alone.
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from timm.data.mixup import Mixup
@@ -31,6 +32,7 @@ class SupervisedConfig(EnsembleConfig):
     classes: int | None = Field(default=None, ge=2)  # None = what the data has
     aux: int = Field(default=0, ge=0)  # MTE: 4
     pooled: int = Field(default=0, ge=0)  # MTE: 6
+    token: Literal["cls", "patch_mean", "cls+patch_mean"] = "cls"  # what o_g reads (MMC's fine-tuning: the last)
     logits: Literal["mean", "sum"] = "mean"  # o_a of the M classifiers
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     mixup: float = Field(default=0.8, ge=0)  # α of Beta(α, α); 0 = off
@@ -46,17 +48,19 @@ class SupervisedConfig(EnsembleConfig):
 
 
 class Classifier(nn.Module):
-    """Encoder and the global token's linear classifier: what inference uses."""
+    """Encoder and a linear classifier of its class token, mean patch or both: what inference uses."""
 
-    def __init__(self, encoder: Encoder, classes: int):
+    def __init__(self, encoder: Encoder, classes: int, token: str = "cls"):
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(encoder.width, classes)
+        self.token = token
+        self.encoder, self.head = encoder, nn.Linear(encoder.width * (1 + token.count("+")), classes)
         init_linear(self.head)
 
     def forward(self, images: Tensor) -> tuple[Tokens, Tensor]:
         """(B, 3, H, W) -> tokens, o_g (B, C): (8)"""
         tokens = self.encoder(images)
-        return tokens, full_precision(self.head(tokens.global_token))
+        read = {"cls": tokens.global_token, "patch_mean": tokens.patch.mean(1)}
+        return tokens, full_precision(self.head(torch.cat([read[name] for name in self.token.split("+")], -1)))
 
 
 class Supervised(Method):
@@ -72,7 +76,7 @@ class Supervised(Method):
         super().__init__()
         assert config.classes, "the loop fills in the data's number of classes"
         self.config = c = config
-        self.model = Classifier(encoder, config.classes)
+        self.model = Classifier(encoder, config.classes, c.token)
         self.average = ema_copy(self.model) if c.average else None
         self.ensemble = None
         if c.aux + c.pooled:

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from triptych.encoders import SwinConfig
-from triptych.methods import HSSLConfig, MTEConfig
+from triptych.methods import HSSLConfig, MSNConfig, MTEConfig
 from triptych.recipe import Recipe
-from triptych.recipes import contrastive, dino, ibot, udi
+from triptych.recipes import contrastive, dino, ibot, masked, mmc, udi
 
 # Base recipe -> what the authors report for MTE over it (k-NN / linear); "" = no such row.
 BASES: dict[Callable[[], Recipe], str] = {
@@ -31,6 +31,10 @@ BASES: dict[Callable[[], Recipe], str] = {
     contrastive.moby_small: "",
     contrastive.swav_small: "",
     contrastive.simclr_small: "",
+    mmc.mmc_small: "",
+    masked.sit_small: "",
+    masked.mcssl_small: "",
+    masked.msn_small: "",
 }
 
 
@@ -40,6 +44,8 @@ def mte(recipe: Recipe, **options) -> Recipe:
         options = {"aux": 0} | options
     if isinstance(recipe.method, HSSLConfig):
         options = {"weights": (2.0, 1.0)} | options  # its loss between global tokens counts half: (4) is to count whole
+    if isinstance(recipe.method, MSNConfig):
+        options |= {"pooled": 0}  # without a whole grid of patches nothing can be pooled
     wrapped = MTEConfig(base=recipe.method, **options)  # type: ignore[arg-type]
     return recipe.model_copy(update={"name": f"mte_{recipe.name}", "method": wrapped})
 
