@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from conftest import tiny_encoder
-from triptych.data.loader import Batches, LoaderConfig, ViewDataset, ViewsConfig, make_loader
+from triptych.data.batches import Batches
+from triptych.data.loader import LoaderConfig, ViewDataset, ViewsConfig, make_loader
 from triptych.data.sources import Subset, open_source
 from triptych.data.views import ViewSpec
 from triptych.evals.features import EvalTransform, extract, labels_of

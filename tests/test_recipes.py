@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from triptych.data.loader import Batches, ViewDataset, collate
+from triptych.data.batches import Batches
+from triptych.data.loader import ViewDataset, collate
 from triptych.data.sources import open_source
 from triptych.encoders import SwinConfig
 from triptych.errors import UserError

@@ -271,7 +271,7 @@ def eval_variance(
     data: str,
     views: int = 128,
     images: int | None = None,
-    scale: tuple[float, float] = (0.25, 1.0),
+    scale: Annotated[tuple[float, float], Parameter(negative="")] = (0.25, 1.0),
     size: int | None = None,
     weights: Literal["teacher", "student", "untrained"] = "teacher",
     arch: str | None = None,

@@ -91,14 +91,14 @@ def contrast(q: Tensor, k: Tensor, temperature: float) -> Tensor:
 
 
 def masked_error(x: Tensor, target: Tensor, pixel_mask: Tensor, kind: Literal["l1", "l2"] = "l1") -> Tensor:
-    """Mean absolute or squared error over the replaced pixels of the whole batch; 0 where nothing is replaced.
+    """Mean absolute or squared error over the replaced pixels of the batch on all processes; 0 where there are none.
 
-    x, target (B, 3, H, W), pixel_mask (B, H, W) bool.
+    x, target (B, 3, H, W), pixel_mask (B, H, W) bool.  What a process returns is its share: their mean is the mean.
     """
     difference = full_precision(x) - target
     error = difference.abs() if kind == "l1" else difference.square()
     hidden = pixel_mask[:, None].to(error.dtype)
-    return (error * hidden).sum() / (hidden.sum() * x.shape[1]).clamp(min=1)
+    return (error * hidden).sum() / (all_mean(hidden.sum()) * x.shape[1]).clamp(min=1)
 
 
 @torch.no_grad()

@@ -97,7 +97,7 @@ def reconstruction_sheet(
     }
     maps = result.differences.cpu()
     maps = maps / maps.max().clamp(min=1e-12) if len(maps) else maps
-    for i, name in enumerate(f"|{b} \N{MINUS SIGN} {a}|" for a, b in itertools.pairwise(result.blocks)):
+    for i, name in enumerate(f"|{b} - {a}|" for a, b in itertools.pairwise(result.blocks)):
         tiles[name] = [_tile(x, side) for x in maps[i]]
     return _sheet(tiles, side)
 

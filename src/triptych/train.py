@@ -21,7 +21,8 @@ from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
 from triptych import checkpoint, distributed
-from triptych.data.loader import Batches, ViewDataset, check_batch, close, make_loader
+from triptych.data.batches import Batches, check_batch
+from triptych.data.loader import ViewDataset, close, make_loader
 from triptych.data.sources import Source
 from triptych.data.views import Views
 from triptych.errors import Interrupted, NonFinite, UserError

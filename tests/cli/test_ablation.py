@@ -94,6 +94,8 @@ def test_training_starts_from_a_runs_teacher_a_checkpoint_or_an_export(here, cap
         found = load_encoder(f"tuned{i}").encoder.vit.state_dict()
         assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
     with pytest.raises(SystemExit) as stopped:
-        main(["train", "--recipe", "finetune_small", "--data", "data/train", "--encoder.weights", "nowhere", *words[2:]])
+        main(
+            ["train", "--recipe", "finetune_small", "--data", "data/train", "--encoder.weights", "nowhere", *words[2:]]
+        )
     assert stopped.value.code == 2
     assert "nowhere: no such file; give a run's folder" in capsys.readouterr().err

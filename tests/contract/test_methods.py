@@ -343,7 +343,15 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path):
             torch.testing.assert_close(ranks[0][name], value, rtol=0, atol=tolerance, msg=f"{case} {name}")
 
 
-PER_IMAGE = ["dino", "ibot", "hssl", "supervised", "dino-swin", "ibot-swin"]  # no BatchNorm, no other image's keys
+PER_IMAGE = [
+    "dino",
+    "ibot",
+    "hssl",
+    "mae",
+    "supervised",
+    "dino-swin",
+    "ibot-swin",
+]  # no BatchNorm, no other image's keys
 PER_IMAGE += ["udi", *(f"mte-{name}" for name in PER_IMAGE)]
 
 

@@ -7,15 +7,8 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resized_crop
 
-from triptych.data.loader import (
-    Batches,
-    LoaderConfig,
-    ViewDataset,
-    ViewsConfig,
-    check_batch,
-    collate,
-    make_loader,
-)
+from triptych.data.batches import Batches, check_batch
+from triptych.data.loader import LoaderConfig, ViewDataset, ViewsConfig, collate, make_loader
 from triptych.data.sources import open_source
 from triptych.data.views import MaskSpec, Views, ViewSpec, token_positions
 from triptych.errors import UserError

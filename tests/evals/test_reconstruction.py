@@ -163,7 +163,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kinds", [("noise",), ("zeros",), ("self",)])
+@pytest.mark.parametrize("kinds", [("noise",), ("zeros",), ("self",), ("other",)])
 def test_the_view_is_a_function_of_the_seed_and_differs_from_its_images_where_it_is_marked(folder, kinds):
     config, transform = CorruptionConfig(kinds=kinds, replace=0.0), EvalTransform(16, 18)
     before = torch.get_rng_state()
@@ -172,7 +172,8 @@ def test_the_view_is_a_function_of_the_seed_and_differs_from_its_images_where_it
     assert view.images.shape == (5, 3, 16, 16)  # the sixth cannot be read
     hidden = view.pixel_mask[:, None].expand_as(view.images)
     assert torch.equal(view.images[~hidden], view.corrupted[~hidden])
-    assert (view.images[hidden] != view.corrupted[hidden]).double().mean() > 0.9
+    changed = [(a != b)[h].double().mean() for a, b, h in zip(view.images, view.corrupted, hidden, strict=True)]
+    assert min(changed) > 0.8  # "self" may copy a block onto itself
     assert 0.5 <= hidden.double().mean() < 0.9
     again = corrupted_view(open_source(folder), config, transform, images=9, seed=3)
     assert torch.equal(again.corrupted, view.corrupted)

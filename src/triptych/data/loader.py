@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 
+from triptych.data.batches import Batches
 from triptych.data.colour import COLOURS, Role, augment
 from triptych.data.corruption import Corruption, corrupt, draw_corruption
 from triptych.data.crops import (
@@ -234,52 +235,6 @@ def collate(samples: list[Sample]) -> tuple[Views, list[str]]:
     views, n = [view(i) for i in range(len(first.pixels))], first.global_crops
     labels = None if first.label is None else torch.tensor([s.label for s in samples])
     return Views(views[:n], views[n:], labels), [reason for s in samples for reason in s.unreadable]
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Which images each batch holds: lists of (epoch, index), from any optimiser step on.
-
-    One optimiser step takes `batch` images of the epoch's permutation: `accumulate` parts, each shared out evenly and
-    in order among the processes.  The rest of an epoch that fills no step is left out.
-    """
-
-    images: int
-    batch: int
-    epochs: int
-    seed: int
-    accumulate: int = 1
-    rank: int = 0
-    world: int = 1
-    start: int = 0  # optimiser step
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.images // self.batch
-
-    def __len__(self) -> int:
-        return (self.epochs * self.steps_per_epoch - self.start) * self.accumulate
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        each = self.batch // (self.accumulate * self.world)
-        order, order_epoch = np.empty(0, np.int64), -1
-        for step in range(self.start, self.epochs * self.steps_per_epoch):
-            epoch, at = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = np.random.default_rng([self.seed, epoch]).permutation(self.images), epoch
-            for part in range(self.accumulate):
-                first = at * self.batch + (part * self.world + self.rank) * each
-                yield [(epoch, int(i)) for i in order[first : first + each]]
-
-
-def check_batch(images: int, batch: int, accumulate: int, world: int) -> None:
-    """Raises UserError where a step cannot be filled or shared out."""
-    if batch > images:
-        raise UserError(f"the data set has {images} images, fewer than one step's batch of {batch}: set --batch lower")
-    if batch % (accumulate * world):
-        raise UserError(
-            f"a batch of {batch} images does not divide into {accumulate} accumulated parts x {world} processes"
-        )
 
 
 def in_worker(_: int) -> None:

@@ -100,6 +100,7 @@ def corrupted_view(
 ) -> View:
     """So many images of the source, drawn by the seed, as a normalised view (centre crops) with their corruption.
 
+    Pixels from "another image" never come from the image itself, which in training they may (alone, it has no other).
     Images that cannot be read are passed over.  Raises UserError where none can be, and for less than one image.
     """
     if images < 1 or seed < 0:
@@ -115,10 +116,11 @@ def corrupted_view(
             break
     if not drawn:
         raise UserError(f"no image of {source.name} can be read")
-    clean = torch.stack(pixels)
+    n, clean = len(drawn), torch.stack(pixels)
+    drawn = [replace(c, donor=((i + 1 + int(c.donor * (n - 1))) % n + 0.5) / n) for i, c in enumerate(drawn)]
     corrupted, codes = corrupt(clean, drawn)
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(clean), 4)  # nothing here asks where the crops lie
-    view = View(clean.permute(0, 3, 1, 2), whole, torch.full((len(clean), 2), 1 / size))
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(n, 4)  # nothing here asks where the crops lie
+    view = View(clean.permute(0, 3, 1, 2), whole, torch.full((n, 2), 1 / size))
     view = replace(view, corrupted=corrupted.permute(0, 3, 1, 2), pixel_mask=codes)
     mean, std = (torch.tensor(x, device=device) for x in (transform.mean, transform.std))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from triptych.data.corruption import CorruptionConfig
 from triptych.data.views import Views, ViewSpec
+from triptych.distributed import all_mean
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP, PixelHead, sit_head
 from triptych.losses import contrast, unit
@@ -156,7 +157,7 @@ class MMC(Method):
             return self.scale * losses.mean()
         share = torch.stack([v.replaced_share(self.student.encoder.patch_size) for v in views.global_crops])
         weight = (share >= 0.5).to(share.dtype) if c.scored == "masked" else share
-        return self.scale * (weight * losses).sum() / weight.sum().clamp(min=1e-6)
+        return self.scale * (weight * losses).sum() / all_mean(weight.sum()).clamp(min=1e-6)
 
     @property
     def scale(self) -> float:
