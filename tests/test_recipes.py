@@ -89,8 +89,17 @@ def test_another_method_keeps_what_both_have():
     recipe, _ = resolve("udi_small", None, {"method.name": "dino"})
     assert type(recipe.method).__name__ == "DINOConfig"
     assert recipe.method.prototypes == RECIPES["udi_small"]().method.prototypes
+    assert recipe.method.norm_last_layer == RECIPES["udi_small"]().method.norm_last_layer
     with pytest.raises(UserError, match=r"no setting 'method\.alpha'"):
         resolve("udi_small", None, {"method.name": "dino", "method.alpha": 0.3})
+
+
+def test_another_method_has_defaults_of_its_own():
+    recipe, origin = resolve("mmc_small", None, {"method.name": "sit", "method.corruption.align": 8})
+    corruption = recipe.method.corruption
+    assert (corruption.kinds, corruption.share, corruption.align) == (("zeros",), 0.5, 8)  # MMC's: noise, 0.75
+    assert recipe.method.hidden == RECIPES["mmc_small"]().method.hidden  # the recipe's choice
+    assert origin["method.corruption.share"] == "default"
 
 
 def test_mte_takes_over_the_settings_of_what_it_wraps():

@@ -86,7 +86,7 @@ def resolve(name: str, config: Path | None, overrides: Flat) -> tuple[Recipe, di
     layers.append(("command line", overrides))
     values, origin = {}, {}
     for source, layer in layers:
-        values = _switch(values, layer)
+        values = _switch(values, layer, {k for k in values if origin.get(k, "default") != "default"})
         before = {k: k.replace("method.base.", "method.", 1) for k in values}  # what mte wraps was the method
         origin = {k: origin.get(k) or origin.get(before[k], "default") for k in values}
         for key, value in layer.items():
@@ -99,8 +99,8 @@ def resolve(name: str, config: Path | None, overrides: Flat) -> tuple[Recipe, di
     return recipe, {key: origin.get(key, "default") for key in flat(recipe.model_dump())}  # a new method's own fields
 
 
-def _switch(values: Flat, layer: Flat) -> Flat:
-    """Where the layer names another method or encoder: what both have stays, the rest would not be understood.
+def _switch(values: Flat, layer: Flat, chosen: set[str]) -> Flat:
+    """Where the layer names another method or encoder: what was chosen and both have stays, defaults are its own.
 
     A method that becomes the base of "mte" keeps all its settings, under `method.base`.
     """
@@ -111,11 +111,14 @@ def _switch(values: Flat, layer: Flat) -> Flat:
         values["name"] = f"mte_{values['name']}"
         if wrapped["method.name"] != "supervised":
             values |= {k.replace("method.", "method.base.", 1): v for k, v in wrapped.items()}
-        return _switch(values, {k: v for k, v in layer.items() if k in ("method.name", "method.base.name")})
+            chosen = {k.replace("method.", "method.base.", 1) for k in chosen}
+        return _switch(values, {k: v for k, v in layer.items() if k in ("method.name", "method.base.name")}, chosen)
     if not changed:
         return values
     if "encoder.name" in changed:  # sizes of one architecture mean nothing to another
         values = {k: v for k, v in values.items() if not k.startswith("encoder.") or k == "encoder.drop_path"}
+    of_changed = tuple(k.removesuffix("name") for k in changed if k.startswith("method."))
+    values = {k: v for k, v in values.items() if k in chosen or not of_changed or not k.startswith(of_changed)}
     known = _fields(Recipe, values | {k: v for k, v in layer.items() if k.endswith(".name")})
     return {k: v for k, v in values.items() if k in known}
 

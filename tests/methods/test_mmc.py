@@ -253,4 +253,6 @@ def test_pixels_may_be_read_from_several_blocks():
     assert torch.equal(mixed.patch, encoder(images).patch)
     with pytest.raises(UserError, match="block 3: this encoder has blocks 1 to 2"):
         make(pixel_blocks=(2, 3))
+    with pytest.raises(UserError, match="leave block 2 untrained"):
+        make(pixel_blocks=(1,), weights=(1, 0, 0))
     assert make(pixel_blocks=(1, 2))(random_views(3), T0).loss.isfinite()

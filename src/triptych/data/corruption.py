@@ -33,6 +33,13 @@ class CorruptionConfig(BaseModel):
     largest: float = Field(default=0.3, gt=0, le=1)  # β: side of the largest block, as a share of the crop's
 
 
+class HalfZeros(CorruptionConfig):
+    """SiT's and MC-SSL's.  A class, so that a change of one setting leaves the others at these defaults."""
+
+    kinds: tuple[Fill, ...] = Field(default=("zeros",), min_length=1)
+    share: float = Field(default=0.5, ge=0, le=1)
+
+
 @dataclass(frozen=True)
 class Corruption:
     """What replaces the pixels of one crop."""

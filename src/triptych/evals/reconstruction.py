@@ -5,7 +5,8 @@
 The blocks after l are left out; g_rec, the head, was trained to read the last block (or the mean of several).
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,18 +106,12 @@ def corrupted_view(
     """
     if images < 1 or seed < 0:
         raise UserError(f"--images {images} --seed {seed}: give at least one image, and a seed of 0 or more")
-    pixels, drawn, size, device = [], [], transform.size, torch.device(device)
-    for index in torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist():
-        try:
-            pixels.append(transform.pixels(load_rgb(source, index)).permute(1, 2, 0))
-        except UnreadableImage:
-            continue
-        drawn.append(draw_corruption(config, size, size, np.random.default_rng([seed, index])))
-        if len(drawn) == images:
-            break
-    if not drawn:
+    size, device = transform.size, torch.device(device)
+    found = dict(itertools.islice(_readable(source, transform, seed), images))
+    if not found:
         raise UserError(f"no image of {source.name} can be read")
-    n, clean = len(drawn), torch.stack(pixels)
+    n, clean = len(found), torch.stack([*found.values()])
+    drawn = [draw_corruption(config, size, size, np.random.default_rng([seed, index])) for index in found]
     drawn = [replace(c, donor=((i + 1 + int(c.donor * (n - 1))) % n + 0.5) / n) for i, c in enumerate(drawn)]
     corrupted, codes = corrupt(clean, drawn)
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(n, 4)  # nothing here asks where the crops lie
@@ -126,3 +121,12 @@ def corrupted_view(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # of the noise
         return Views([view], []).on_device(device, mean, std).global_crops[0]
+
+
+def _readable(source: Source, transform: EvalTransform, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """Indices in an order drawn by the seed, and their pixels (S, S, 3) uint8."""
+    for index in torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist():
+        try:
+            yield index, transform.pixels(load_rgb(source, index)).permute(1, 2, 0)
+        except UnreadableImage:
+            continue

@@ -60,11 +60,9 @@ def variance(
     as many times the centre crop with half of its pixels in blocks of N(0, 1) in normalised space (GMML's).
     images: at most so many, drawn once by the seed; None = all.  batch: views per encoder call, which changes nothing
     but memory: what is drawn for an image is a function of (seed, index) alone (noise: on one kind of device).
-
     Raises UserError for fewer than 2 views, a scale outside (0, 1], and where no image can be read.
     """
     _check(views, scale, images, seed)
-    device = torch.device(device)
     chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:images].tolist()
     loader = DataLoader(
         _Disturbed(source, transform, views, scale, seed),
@@ -73,23 +71,32 @@ def variance(
         num_workers=min(default_workers() if workers is None else workers, len(chosen)),
         worker_init_fn=in_worker,
     )
-    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (transform.mean, transform.std))
     was_training = encoder.training
     encoder.to(device).eval()
-    measured = []
-    for drawn in loader:
-        if drawn is not None:
-            crops, centre, covers, noise_seed = drawn
-            cropped = (encoder((x.to(device) / 255 - mean) / std).global_token for x in crops.split(batch))
-            whole = (centre.to(device) / 255 - mean) / std
-            hidden = (encoder(x).patch for x in _half_noise(whole, covers, noise_seed, batch))
-            measured.append([streamed_variance(x).mean().item() for x in (cropped, hidden)])
+    measured = [_levels(encoder, drawn, transform, batch, device) for drawn in loader if drawn is not None]
     encoder.train(was_training)
     if not measured:
         raise UserError(f"no image of {source.name} can be read")
     image, patch = np.mean(measured, 0).tolist()
-    unreadable = len(chosen) - len(measured)
-    return VarianceResult(image, patch, len(measured), unreadable, views, transform.size, scale, seed)
+    return VarianceResult(image, patch, len(measured), len(chosen) - len(measured), views, transform.size, scale, seed)
+
+
+def _levels(
+    encoder: Encoder,
+    drawn: tuple[Tensor, Tensor, Tensor, int],
+    transform: EvalTransform,
+    batch: int,
+    device: torch.device | str,
+) -> list[float]:
+    """The image-level and the patch-level variance of one image, from what `_Disturbed` gives of it."""
+    crops, centre, covers, noise_seed = drawn
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (transform.mean, transform.std))
+    cropped = ((x.to(device) / 255 - mean) / std for x in crops.split(batch))
+    hidden = _half_noise((centre.to(device) / 255 - mean) / std, covers, noise_seed, batch)
+    return [
+        streamed_variance(encoder(x).global_token for x in cropped).mean().item(),
+        streamed_variance(encoder(x).patch for x in hidden).mean().item(),
+    ]
 
 
 def streamed_variance(chunks: Iterable[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from triptych.data.corruption import CorruptionConfig, Fill
+from triptych.data.corruption import HalfZeros
 from triptych.data.views import Views, ViewSpec
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP, PixelHead, Prototypes
@@ -27,19 +27,12 @@ from triptych.tokens import Tokens
 Weight = Annotated[float, Field(ge=0)]
 
 
-class MCSSLCorruption(CorruptionConfig):
-    """With defaults of its own, which a change of one setting leaves to the others."""
-
-    kinds: tuple[Fill, ...] = Field(default=("zeros",), min_length=1)
-    share: float = Field(default=0.5, ge=0, le=1)
-
-
 class MCSSLConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["mcssl"] = "mcssl"
-    weights: tuple[Weight, Weight, Weight] = (1.0, 1.0, 1.0)  # of L_CLS, L_PAT, L_MIM
-    corruption: MCSSLCorruption = MCSSLCorruption()
+    weights: tuple[Weight, Weight, Weight] = (1.0, 1.0, 1.0)  # of L_MIM, L_PAT, L_CLS
+    corruption: HalfZeros = HalfZeros()
     hidden: int = Field(default=2048, ge=1)  # width of the projector's two hidden layers
     embedding: int = Field(default=256, ge=1)  # P
     prototypes: int = Field(default=8192, ge=2)  # K, of class token and of patches
@@ -95,10 +88,10 @@ class MCSSL(Method):
         u_s, u_t = unit(q_s), unit(z_t)
         pairs = other_views(len(u_t), len(u_s), u_s.shape[1], like=u_s)
         loss = self._cross_entropy(u_s, u_t, "prototypes", self.center, t, pairs)
-        return Step(self.config.weights[0] * loss, {"class": loss}, {"class": u_t.mean((0, 1))})
+        return Step(self.config.weights[2] * loss, {"class": loss}, {"class": u_t.mean((0, 1))})
 
     def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor, views: Views, t: Progress) -> Step:
-        _, w_pat, w_mim = self.config.weights
+        w_mim, w_pat, _ = self.config.weights
         u_s = unit(self.student.projector(torch.cat([x.patch for x in S[: len(T)]]))).flatten(0, 1)  # (VBN, P)
         u_t = unit(self.teacher.projector(torch.cat([x.patch for x in T]))).flatten(0, 1)
         each = torch.ones_like(u_s[None, None, :, 0]) / len(u_s)

@@ -20,6 +20,7 @@ from triptych.data.corruption import CorruptionConfig
 from triptych.data.views import Views, ViewSpec
 from triptych.distributed import all_mean
 from triptych.encoders.base import Encoder
+from triptych.errors import UserError
 from triptych.heads import MLP, PixelHead, sit_head
 from triptych.losses import contrast, unit
 from triptych.methods.base import Carry, Method, Step, Tower, ema_copy, ema_update, pixel_error
@@ -73,6 +74,8 @@ class MMC(Method):
         super().__init__()
         self.config = c = config
         encoder.check_blocks(c.pixel_blocks)
+        if c.pixel_blocks and max(c.pixel_blocks) < encoder.depth and not any(c.weights[1:]):
+            raise UserError(f"pixel_blocks up to {max(c.pixel_blocks)} leave block {encoder.depth} untrained: add it")
 
         def head() -> MLP:
             return sit_head(encoder.width, c.hidden, c.embedding, norm=c.head_norm)

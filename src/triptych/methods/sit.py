@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from triptych.data.corruption import CorruptionConfig, Fill
+from triptych.data.corruption import HalfZeros
 from triptych.data.views import Views, ViewSpec
 from triptych.encoders.base import Encoder
 from triptych.heads import PixelHead, sit_head
@@ -23,19 +23,12 @@ from triptych.schedules import Progress, cosine
 from triptych.tokens import Tokens
 
 
-class SiTCorruption(CorruptionConfig):
-    """With defaults of its own, which a change of one setting leaves to the others."""
-
-    kinds: tuple[Fill, ...] = Field(default=("zeros",), min_length=1)
-    share: float = Field(default=0.5, ge=0, le=1)
-
-
 class SiTConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["sit"] = "sit"
     weight_pixels: float = Field(default=1.0, ge=0)  # λ; the authors advise 5 on small sets
-    corruption: SiTCorruption = SiTCorruption()
+    corruption: HalfZeros = HalfZeros()
     temperature: float = Field(default=0.2, gt=0)  # τ
     hidden: int = Field(default=4096, ge=1)
     embedding: int = Field(default=256, ge=1)
