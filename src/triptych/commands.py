@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from triptych.data.sources import SOURCES, Source, Subset, open_source, splits
 from triptych.encoders import ENCODERS
@@ -180,7 +181,8 @@ def device() -> torch.device:
 
 def say_unreadable(source: Source, indices: torch.Tensor) -> None:
     if len(indices) < len(source):
-        console.print(f"{len(source) - len(indices)} of {len(source)} images of {source.name} cannot be read: left out")
+        missing = len(source) - len(indices)
+        console.print(f"{missing} of {len(source)} images of {source.name} cannot be read: left out", markup=False)
 
 
 def about_images(pair: tuple[Source, Source]) -> dict[str, dict[str, str]]:
@@ -227,6 +229,7 @@ def report(protocol: str, result: dict, about: dict, table: Table, out: Path) ->
     """Print the table and append one JSON line that identifies the result."""
     from triptych.run_folder import provenance
 
+    table.title = Text(str(table.title))  # brackets in names are no markup
     row = {"protocol": protocol, **about, **result, **provenance()}
     console.print(table)
     with out.open("a") as file:

@@ -106,8 +106,8 @@ def eval_variance(model: str, data: str, out: Path, *, size, weights, arch, **op
     about |= {"test": {"name": source.name, "fingerprint": source.fingerprint()}, "resize": transform.resize}
     if result.unreadable:
         asked = result.images + result.unreadable
-        console.print(escape(f"{result.unreadable} of {asked} images of {source.name} cannot be read: left out"))
-    title = escape(f"{result.images} images of {source.name}, {loaded.name}")
+        console.print(f"{result.unreadable} of {asked} images of {source.name} cannot be read: left out", markup=False)
+    title = f"{result.images} images of {source.name}, {loaded.name}"
     table = Table("tokens of the last block", "variance", title=title)
     token = "class token" if loaded.encoder.spec.cls else "mean patch (there is no class token)"
     table.add_row(f"{token}, over {result.views} random crops", f"{result.image:.4f}")

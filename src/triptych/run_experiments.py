@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from rich.table import Table
 from torch import Tensor
@@ -86,7 +86,7 @@ def eval_patches(model: str, data: str, out: Path, *, weights, size, arch, image
 
 def patch_tower(method: Method, weights: str) -> Tower:
     """The branch with a head of its own for patches.  Raises UserError."""
-    base = getattr(method, "base", method)
+    base: Any = getattr(method, "base", method)
     tower = getattr(base, "student" if weights == "student" else "teacher", None)
     if not hasattr(tower, "patch_projector"):
         raise UserError(f"{base.config.name} has no head of its own for patches (mmc has): leave out --head")
