@@ -123,3 +123,21 @@ def test_weights_to_start_from_are_not_needed():
     recipe = RECIPES["dino_small"]()
     encoder = recipe.encoder.model_copy(update={"weights": "nowhere.pt"})
     assert cost(recipe.model_copy(update={"encoder": encoder})).parts == cost(recipe).parts
+
+
+def test_what_reconstructs_pixels_and_what_is_dropped():
+    mae = macs(cost(RECIPES["mae_vitb16_in1k_800ep"]()))
+    assert mae["encoder"] == pytest.approx(17.56, rel=0.001)  # ViT-B/16
+    assert mae["encoder"] + mae["147 dropped patches"] == pytest.approx(17.56 * 49 / 196, rel=0.05)
+    assert mae["decoder"] > 0
+    mmc = macs(cost(RECIPES["mmc_vits16_in100_200ep"]()))
+    assert mmc["patch head on 196 patches"] == pytest.approx(196 * 19.4e-3, rel=0.01)  # 19.4 M per token
+    assert mmc["pixel head"] == pytest.approx(196 * (3 * 384**2 + 384 * 768) / G, rel=0.01)
+    assert "prototypes of patches" in macs(cost(RECIPES["mcssl_small"]()))
+    assert macs(cost(RECIPES["msn_small"]()))["prototypes"] > 0
+    assert set(macs(cost(RECIPES["gmml_small"]()))) == {"encoder", "pixel head"}
+
+
+def test_a_classifier_of_two_tokens_is_counted_whole():
+    recipe, _ = resolve("finetune_small", None, {"method.classes": 10})
+    assert macs(cost(recipe))["classifier of the global token"] == pytest.approx(2 * 192 * 10 / G)

@@ -12,7 +12,7 @@ from triptych.errors import UserError
 from triptych.recipe import Recipe
 from triptych.settings import Flat, resolve
 
-# Row of the table -> weights of L_MIM, L_PAT, L_CLS (`--method.weights`), in the paper's order.
+# Row of the table -> weights of L_MIM, L_PAT, L_CLS (`--method.weights`); the rows in the paper's order.
 COMBINATIONS: dict[str, tuple[int, int, int]] = {
     "pixels": (1, 0, 0),
     "class": (0, 0, 1),
@@ -22,6 +22,7 @@ COMBINATIONS: dict[str, tuple[int, int, int]] = {
     "pixels+class": (1, 0, 1),
     "pixels+patch+class": (1, 1, 1),
 }
+TAKEN = ("views.global_size", "views.mean", "views.std")  # with the encoder, from the pre-trained run
 TUNING = "tuning."  # overrides of the fine-tuning recipe begin with it
 
 
@@ -81,13 +82,20 @@ def row_recipe(name: str, row: str, overrides: Flat) -> Recipe:
 def tuning_recipe(name: str, trained: Recipe, run: Path, overrides: Flat) -> Recipe:
     """The fine-tuning recipe for what a run trained: its encoder, image size and normalisation."""
     own = {key.removeprefix(TUNING): value for key, value in overrides.items() if key.startswith(TUNING)}
+    taken = [k for k in own if k in TAKEN or (k.startswith("encoder.") and k != "encoder.drop_path")]
+    if taken:
+        raise UserError(f"--{TUNING}{taken[0]}: fine-tuning takes it from the pre-trained run, leave it out")
     found, _ = resolve(name, None, own)
     if found.method.name != "supervised":
         raise UserError(f"--finetune {name} trains {found.method.name}: give a recipe of supervised training, or none")
     same = {field: getattr(trained.views, field) for field in ("global_size", "mean", "std")}
     encoder = {"weights": str(run), "drop_path": found.encoder.drop_path}
+    method = found.method
+    if trained.encoder.name == "swin":  # its class token is the mean patch
+        method = method.model_copy(update={"token": "cls"})
     return found.model_copy(
         update={
+            "method": method,
             "encoder": trained.encoder.model_copy(update=encoder),
             "views": found.views.model_copy(update=same),
         }

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triptych.distributed import all_mean_grad, world_size
+from triptych.errors import UserError
 from triptych.losses import full_precision
 
 
@@ -27,6 +28,8 @@ class BatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.training and len(input) * world_size() == 1:
+            raise UserError("BatchNorm in the heads needs two images per forward pass: raise --batch / --accumulate")
         if not self.training or world_size() == 1:
             return super().forward(input)
         x = full_precision(input)

@@ -80,12 +80,16 @@ def other_views(teachers: int, students: int, images: int, like: Tensor) -> Tens
     return (pairs / (pairs.sum() * images))[..., None]
 
 
-def contrast(q: Tensor, k: Tensor, temperature: float) -> Tensor:
-    """InfoNCE: −mean_b log softmax_b'( q_b·k_b'/τ )[b], the embeddings put to unit length.
+def gathered_keys(z_t: Tensor) -> Tensor:
+    """(V, B, P) -> (V, WB, P): the teacher's embeddings of all W processes, of unit length, without gradient."""
+    return all_gather(unit(z_t), dim=1)
 
-    q, k (B, P) of this process; the keys of all processes are compared, without gradient.
+
+def contrast(q: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    """InfoNCE: −mean_b log softmax_b'( q_b·k_b'/τ )[b].
+
+    q (B, P) of this process, put to unit length here; keys (WB, P): one view of `gathered_keys`.
     """
-    keys = all_gather(unit(k))
     own = torch.arange(len(q), device=q.device) + len(q) * rank()
     return F.cross_entropy(similarity(unit(q), keys) / temperature, own)
 
@@ -113,8 +117,10 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
 @torch.no_grad()
 def balanced(codes: Tensor, iterations: int) -> Tensor:
     """The scaling of `sinkhorn`, of codes (B, K) >= 0."""
+    least = torch.finfo(codes.dtype).tiny
     codes = codes * (len(codes) / all_mean(codes.sum()))
     for _ in range(iterations):
-        codes = codes / all_mean(codes.sum(0))  # every prototype alike; the factor K/B cancels in the next line
-        codes = codes / codes.sum(1, keepdim=True)
+        # Every prototype alike; the factor K/B cancels in the next line.  One that nothing comes near keeps its zeros.
+        codes = codes / all_mean(codes.sum(0)).clamp(min=least)
+        codes = codes / codes.sum(1, keepdim=True).clamp(min=least)
     return codes

@@ -60,8 +60,8 @@ def parameter_groups(model: nn.Module, decay: Decay = "matrices", layer_decay: f
     for name, p in model.named_parameters():
         if p.requires_grad:
             leaf = name.rpartition(".")[2]
-            spared = p.ndim == 1 or leaf == "bias" or id(p) in free or (decay == "no_tokens" and leaf in TOKENS)
-            decayed = decay == "all" or not spared
+            spared = p.ndim == 1 or leaf == "bias" or (decay == "no_tokens" and leaf in TOKENS)
+            decayed = id(p) not in free and (decay == "all" or not spared)
             groups.setdefault((layers.get(id(p), last), decayed), []).append(p)
     return [
         {"params": params, "decay": decayed, "scale": layer_decay ** (last - layer), "weight_decay": 0.0}

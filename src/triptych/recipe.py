@@ -104,8 +104,8 @@ def _check_fit(recipe: Recipe, encoder: Encoder) -> None:
         )
     if spec.drop is not None and isinstance(encoder, Swin):
         raise UserError(f"{name} drops patches, and a Swin's windows need whole grids: set --encoder.name vit")
-    if spec.drop is not None and int(side * side * (1 - spec.drop)) < 1:
-        raise UserError(f"{where}.drop {spec.drop} leaves none of the {side}x{side} patches of a global crop: lower it")
+    if spec.drop is not None and not 1 <= int(side * side * (1 - spec.drop)) < side * side:
+        raise UserError(f"{where}.drop {spec.drop} drops all or none of the {side}x{side} patches of a global crop")
     heads = getattr(base, "srs_heads", None)
     if heads and encoder.width % heads:
         raise UserError(f"{where}.srs_heads {heads} does not divide the encoder's width of {encoder.width}")

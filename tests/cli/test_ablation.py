@@ -72,6 +72,8 @@ def test_without_fine_tuning(here, capsys):
         ("--method.weights 1 1 1", "are what the table varies"),
         ("--finetune dino_small", "trains dino: give a recipe of supervised training, or none"),
         ("--tuning.epoch 3", "epoch"),
+        ("--tuning.views.global_size 64", "fine-tuning takes it from the pre-trained run"),
+        ("--tuning.encoder.depth 9", "fine-tuning takes it from the pre-trained run"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_trained(here, capsys, words, said):
@@ -93,9 +95,14 @@ def test_training_starts_from_a_runs_teacher_a_checkpoint_or_an_export(here, cap
         main(["train", "--recipe", "finetune_small", "--data", "data/train", *words, "--out", f"tuned{i}"])
         found = load_encoder(f"tuned{i}").encoder.vit.state_dict()
         assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
-    with pytest.raises(SystemExit) as stopped:
-        main(
-            ["train", "--recipe", "finetune_small", "--data", "data/train", "--encoder.weights", "nowhere", *words[2:]]
-        )
-    assert stopped.value.code == 2
-    assert "nowhere: no such file; give a run's folder" in capsys.readouterr().err
+    for wrong, said in (
+        ("--encoder.weights nowhere", "nowhere: no such file; give a run's folder"),
+        ("--encoder.weights pretrained --encoder.heads 4", "it has heads 3, the encoder 4"),
+        ("--encoder.weights pretrained --encoder.depth 3", "it has depth 2, the encoder 3"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            more = [*words[2:], *wrong.split(), "--out", "unfit"]
+            main(["train", "--recipe", "finetune_small", "--data", "data/train", *more])
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+        assert not Path("unfit").exists()

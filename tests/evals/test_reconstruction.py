@@ -129,7 +129,7 @@ def test_blocks_out_of_range_are_refused(block):
 def test_blocks_of_a_swins_earlier_stages_are_refused():
     method, view = make(MMC, tiny_swin(TokenSpec(cls=0))), random_views(2).global_crops[0]
     assert reconstruct(method, view).blocks == (3, 4)
-    with pytest.raises(UserError, match="--blocks 2: the head reads patches of the last stage"):
+    with pytest.raises(UserError, match="block 2: a Swin's earlier stages"):
         reconstruct(method, view, [2, 4])
 
 

@@ -99,7 +99,7 @@ def test_the_last_block_must_be_read():
 
 def test_blocks_of_other_widths_are_refused():
     """A Swin's stages have patches of their own size; those of the last stage can be averaged."""
-    with pytest.raises(UserError, match="choose blocks of the last stage"):
+    with pytest.raises(UserError, match="earlier stages have patches of another size; choose from 3 to 4"):
         make((1, 4), tiny_swin)(random_views(3), T0)
     assert make((3, 4), tiny_swin)(random_views(3), T0).loss.isfinite()
 

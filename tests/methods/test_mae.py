@@ -219,6 +219,15 @@ def test_the_encoder_never_sees_dropped_patches_and_the_loss_counts_them_only():
     assert torch.equal(patchify(images.grad, 4).abs().sum(-1) > 0, hidden)
 
 
+def test_the_decoders_residual_stream_is_in_full_precision_under_autocast():
+    method = build(tiny_encoder(TokenSpec()), MAEConfig(drop=0.375, **SMALL)).float()
+    seen = []
+    method.decoder.norm.register_forward_hook(lambda m, x, y: seen.append(x[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        method(random_views(2, dtype=torch.float32), Progress(0, 10))
+    assert seen == [torch.float32]
+
+
 def test_pixels_of_normalised_patches_do_not_depend_on_brightness_and_contrast():
     method, view = make(), random_views(3).global_crops[0]
     pixels = torch.randn(3, 16, 48, dtype=torch.float64)
@@ -249,7 +258,9 @@ def test_encoder_and_decoder_start_as_the_authors():
     """Xavier-uniform matrices, the patch projection as one of them, class and mask token normal σ 0.02, biases 0."""
     torch.manual_seed(0)
     config = ViTConfig(patch_size=8, width=96, depth=2, heads=3, init="mae", position_table="sincos_mae")
-    method = build(build_encoder(config, TokenSpec(), 64), MAEConfig(decoder_width=64, decoder_depth=1))
+    method = build(
+        build_encoder(config, TokenSpec(), 64), MAEConfig(decoder_width=64, decoder_depth=1, decoder_heads=4)
+    )
     vit, decoder = method.encoder.vit, method.decoder
     matrices = {n: m.weight for n, m in method.named_modules() if isinstance(m, torch.nn.Linear)}
     matrices |= {"patches": vit.patch_embed.proj.weight.flatten(1)}

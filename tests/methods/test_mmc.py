@@ -170,8 +170,9 @@ def test_local_crops_meet_both_global_crops(who):
     torch.manual_seed(1)
     method = make(local_crops=who, local_weight=0.5, scale=1.0)
     q, k = (torch.randn(4 if who == name else 2, 3, 6, dtype=torch.float64) for name in ("student", "teacher"))
-    local = [contrast(q[a], k[b], 0.2) for a in range(len(q)) for b in range(len(k)) if a > 1 or b > 1]
-    whole = contrast(q[0], k[1], 0.2) + contrast(q[1], k[0], 0.2)
+    keys = unit(k)
+    local = [contrast(q[a], keys[b], 0.2) for a in range(len(q)) for b in range(len(k)) if a > 1 or b > 1]
+    whole = contrast(q[0], keys[1], 0.2) + contrast(q[1], keys[0], 0.2)
     assert len(local) == 4
     expected = 2 * (whole + 0.5 * sum(local)) / (2 + 0.5 * 4)
     torch.testing.assert_close(method.global_loss(q, k, T0).loss, expected, rtol=0, atol=1e-12)
@@ -197,6 +198,12 @@ def test_every_combination_of_losses_trains_all_that_it_has(weights):
     assert [p.grad is not None for p in method.parameters()] == [p.requires_grad for p in method.parameters()]
     names = [n for n, w in zip(("pixels", "patch", "class"), weights, strict=True) if w]
     assert set(out.terms) == set(names)
+    ran = []
+    for module in (method.teacher.encoder, method.student.projector, method.teacher.projector):
+        module.register_forward_hook(lambda m, *_: ran.append(m))
+    method(views, T0)
+    assert (method.teacher.encoder in ran) == bool(weights[1] or weights[2])  # and what is left out costs nothing
+    assert (method.student.projector in ran) == (method.teacher.projector in ran) == bool(weights[2])
     scaled = [w * out.terms[n] for n, w in zip(("pixels", "patch", "class"), weights, strict=True) if w]
     torch.testing.assert_close(out.loss, sum(scaled))
 

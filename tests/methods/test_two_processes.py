@@ -4,7 +4,14 @@ import numpy as np
 import torch
 
 from conftest import GOLDEN, tiny_encoder
-from triptych.losses import contrast, masked_cross_entropy, other_views, prototype_cross_entropy, sinkhorn
+from triptych.losses import (
+    contrast,
+    gathered_keys,
+    masked_cross_entropy,
+    other_views,
+    prototype_cross_entropy,
+    sinkhorn,
+)
 from triptych.methods import build, iBOTConfig
 from triptych.schedules import Progress
 from triptych.tokens import TokenSpec
@@ -48,7 +55,7 @@ def mocov3(rank: int) -> None:
     g = load("mocov3_loss_2ranks", rank)
     tau = float(g["cfg.temperature"])
     q = g["in.q"].clone().requires_grad_()
-    loss = 2 * tau * contrast(q, g["in.k"], tau)
+    loss = 2 * tau * contrast(q, gathered_keys(g["in.k"][None])[0], tau)
     loss.backward()
     close(loss, g["out.loss"])
     close(q.grad, g["grad.q"])

@@ -30,7 +30,7 @@ class CorruptionConfig(BaseModel):
     replace: float = Field(default=0.5, ge=0, le=1)  # probability
     replace_share: float = Field(default=0.3, ge=0, le=1)  # ρ of crops that are filled from another image
     align: int = Field(default=1, ge=1)  # pixels; blocks start and end on multiples: 1, or the patch size
-    largest: float = Field(default=0.3, gt=0, le=1)  # β: side of the largest block, as a share of the crop's
+    largest: float = Field(default=0.3, ge=0.05, le=1)  # β: side of the largest block, as a share of the crop's
 
 
 class HalfZeros(CorruptionConfig):
@@ -71,12 +71,15 @@ def draw_blocks(
     assert height % align + width % align == 0, "the recipe is checked for this"
     wanted = rng.uniform(min(0.5, share), share) * height * width
     covered, blocks = np.zeros((height, width), bool), []
-    while covered.sum() < wanted:
+    count = 0
+    while count < wanted:
         # In this order: row, column, height, width.
         r, c = (align * (int(rng.integers(0, side)) // align) for side in (height, width))
         h, w = (int(rng.integers(align, max(int(largest * side), align + 1))) for side in (height, width))
         h, w = (align * round(n / align) for n in (min(h, height - r), min(w, width - c)))
-        covered[r : r + h, c : c + w] = True
+        block = covered[r : r + h, c : c + w]
+        count += block.size - np.count_nonzero(block)
+        block[:] = True
         blocks.append((r, c, h, w))
     return np.array(blocks, np.int64).reshape(-1, 4)
 

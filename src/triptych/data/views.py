@@ -46,7 +46,7 @@ class View:
 @dataclass(frozen=True)
 class Views:
     global_crops: list[View]  # seen by student and teacher
-    local_crops: list[View]  # seen by the student only
+    local_crops: list[View]  # seen by the student only (but for one reading of MMC)
     labels: Tensor | None = None  # (B,) int64: the images' classes, for methods that ask for them
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Views":

@@ -82,17 +82,15 @@ class Encoder(nn.Module, ABC):
     ) -> Tokens:
         """`forward`, and in Tokens.mixed the mean of the patches after the given blocks, through the final norm.
 
-        blocks: counted from 1, as in papers.  Raises UserError for blocks that are not there or of other widths.
+        blocks: counted from 1, as in papers.  Raises UserError as `check_blocks`.
         """
         self.check_blocks(blocks)
         *taps, last = self.layers(images, [*(b - 1 for b in blocks), self.depth - 1], mask, keep)
-        if {x.patch_raw.shape for x in taps} != {last.patch_raw.shape}:
-            raise UserError("a mean over blocks needs patches of one size: choose blocks of the last stage")
         norm = cast(nn.Module, self.trunk.norm)
         return replace(last, mixed=norm(torch.stack([x.patch_raw for x in taps]).mean(0)))
 
     def check_blocks(self, blocks: Sequence[int]) -> None:
-        """Raises UserError for blocks, counted from 1, that the encoder does not have."""
+        """Raises UserError for blocks, counted from 1, that are not there or whose patches have another size."""
         wrong = [b for b in blocks if not 1 <= b <= self.depth]
         if wrong:
             raise UserError(f"block {wrong[0]}: this encoder has blocks 1 to {self.depth}")

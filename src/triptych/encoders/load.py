@@ -268,7 +268,7 @@ def load_weights(encoder: Encoder, file: str) -> None:
             "state dict"
         )
     ours = path.is_dir() or (path.parent.parent / "recipe.yaml").exists()
-    state = load_encoder(file).encoder.trunk.state_dict() if ours else read_state(path)
+    state = read_state(path) if not ours else _state_of_ours(load_encoder(file).encoder, encoder, file)
     if load_swin.is_swin(state) != isinstance(encoder, Swin):
         kinds = ("a ViT", "a Swin") if isinstance(encoder, Swin) else ("a Swin", "a ViT")
         raise UserError(f"{file} does not fit the encoder: it holds {kinds[0]}, the encoder is {kinds[1]}")
@@ -276,6 +276,18 @@ def load_weights(encoder: Encoder, file: str) -> None:
         load_swin.load_weights(encoder, state, file)
     elif isinstance(encoder, ViT):
         _load_vit(encoder, state, file)
+
+
+def _state_of_ours(loaded: Encoder, encoder: Encoder, file: str) -> State:
+    """Of an encoder whose heads and tokens are known, unlike those of a bare file."""
+    for what in ("heads", "depth", "width"):
+        found, here = getattr(loaded, what), getattr(encoder, what)
+        if found != here:
+            raise UserError(f"{file} does not fit the encoder: it has {what} {found}, the encoder {here}")
+    found, here = (e.spec.register + e.spec.cls_plus for e in (loaded, encoder))
+    if found not in (0, here):
+        raise UserError(f"{file} has {found} registers (class+ counts as one), the encoder {here}: --encoder.registers")
+    return cast(State, loaded.trunk.state_dict())
 
 
 def _load_vit(encoder: ViT, state: State, file: str) -> None:

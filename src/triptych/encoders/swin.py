@@ -126,6 +126,16 @@ class Swin(Encoder):
                 break
         return [taps[b] for b in wanted]
 
+    def check_blocks(self, blocks: Sequence[int]) -> None:
+        super().check_blocks(blocks)
+        first = self.depth - len(self.stages[-1].blocks) + 1
+        early = [b for b in blocks if b < first]
+        if early:
+            raise UserError(
+                f"block {early[0]}: a Swin's earlier stages have patches of another size; choose from {first} to "
+                f"{self.depth}"
+            )
+
     def timm_arguments(self) -> tuple[str, dict]:
         first = _blocks(self.stages[0])[0]
         windows = [list(_blocks(stage)[0].window_size) for stage in self.stages]

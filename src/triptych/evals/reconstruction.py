@@ -81,9 +81,6 @@ def reconstruct(method: Method, view: View, blocks: Sequence[int] = (), *, norm:
     encoder.train(was_training)
     assert last.grid is not None
     assert last.mixed is not None
-    for block, x in zip(wanted, taps, strict=True):
-        if x.patch.shape != last.patch.shape:
-            raise UserError(f"--blocks {block}: the head reads patches of the last stage; choose blocks of that")
     images = [base.pixels(x.patch if norm else x.patch_raw, last.grid) for x in taps]
     trained = base.pixels(last.mixed, last.grid)
     *errors, error = [masked_error(x, view.images, view.pixel_mask).item() for x in (*images, trained)]

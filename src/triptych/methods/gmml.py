@@ -6,10 +6,10 @@
 One network, no teacher.  What is evaluated is the encoder's usual output, after the last block.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from triptych.data.corruption import CorruptionConfig
@@ -27,6 +27,13 @@ class GMMLConfig(BaseModel):
     name: Literal["gmml"] = "gmml"
     corruption: CorruptionConfig = CorruptionConfig()  # three quarters noise, or 30 % of another image
     blocks: tuple[int, ...] = Field(default=(6, 8, 10, 12), min_length=1)  # that are read, counted from 1; the last too
+
+    @model_validator(mode="after")
+    def _replaces(self) -> Self:
+        c = self.corruption
+        if not c.share * (1 - c.replace) + c.replace_share * c.replace:
+            raise ValueError("corruption replaces nothing, and nothing is learned: share or replace_share above 0")
+        return self
 
 
 class GMML(Method):

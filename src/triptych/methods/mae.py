@@ -7,10 +7,10 @@ The encoder f sees the kept patches only; the decoder g, a smaller transformer, 
 at every dropped place, with fixed sine-cosine positions.
 """
 
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -31,6 +31,12 @@ class MAEConfig(BaseModel):
     decoder_width: int = Field(default=512, ge=4, multiple_of=4)
     decoder_depth: int = Field(default=8, ge=1)  # blocks
     decoder_heads: int = Field(default=16, ge=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.decoder_width % self.decoder_heads:
+            raise ValueError(f"decoder_heads {self.decoder_heads} does not divide decoder_width {self.decoder_width}")
+        return self
 
 
 class Decoder(nn.Module):
@@ -57,19 +63,21 @@ class Decoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, cls: Tensor, patch: Tensor, keep: Tensor, grid: tuple[int, int]) -> Tensor:
-        x = self.read(torch.cat([cls[:, None], patch], 1))
+        # In full precision, as the encoder's residual stream is under autocast.
+        x = full_precision(self.read(torch.cat([cls[:, None], patch], 1)))
         at = keep[..., None].expand(-1, -1, x.shape[-1])
         everywhere = self.mask_token.to(x.dtype).expand(len(x), grid[0] * grid[1], -1)
-        placed = everywhere.scatter(1, at, x[:, 1:]) + self._positions(grid, x)
+        placed = everywhere.scatter(1, at, x[:, 1:]) + self._positions(grid)
         x = torch.cat([x[:, :1], placed], 1)
         for block in self.blocks:
             x = block(x)
         return self.write(self.norm(x))[:, 1:]
 
-    def _positions(self, grid: tuple[int, int], like: Tensor) -> Tensor:
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
         if grid == self.native:
-            return self.positions.to(like.dtype)
-        return sincos_table(grid, like.shape[-1], first="column").to(like)
+            return self.positions
+        with self.positions.device:
+            return sincos_table(grid, self.positions.shape[-1], first="column").to(self.positions)
 
 
 class MAE(Method):

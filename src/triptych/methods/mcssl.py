@@ -24,7 +24,7 @@ from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_
 from triptych.schedules import Progress, cosine, epoch_warmup
 from triptych.tokens import Tokens
 
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(gt=0)]
 
 
 class MCSSLConfig(BaseModel):

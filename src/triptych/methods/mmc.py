@@ -22,7 +22,7 @@ from triptych.distributed import all_mean
 from triptych.encoders.base import Encoder
 from triptych.errors import UserError
 from triptych.heads import MLP, PixelHead, sit_head
-from triptych.losses import contrast, unit
+from triptych.losses import contrast, gathered_keys, unit
 from triptych.methods.base import Carry, Method, Step, Tower, ema_copy, ema_update, pixel_error
 from triptych.patch_contrast import Negatives, patch_contrast
 from triptych.schedules import Progress, cosine
@@ -106,23 +106,22 @@ class MMC(Method):
 
     def forward(self, views: Views, t: Progress) -> Step:
         S, T = self.encode(views, t)
+        if not self.config.weights[2]:
+            return self.other_losses(S, T, None, views, t)
         z_t = self.teacher.project(T)
-        return self.global_loss(self.predictor(self.student.project(S)), z_t, t) + self.other_losses(
-            S, T, z_t, views, t
-        )
+        q_s = self.predictor(self.student.project(S))
+        return self.global_loss(q_s, z_t, t) + self.other_losses(S, T, z_t, views, t)
 
     def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
         """Global crops first, corrupted for the student; local crops are seen whole, by one of the two."""
-        crops, local = views.global_crops, views.local_crops
-        by_student = self.config.local_crops == "student"
-        S = self.student.encode(crops + local * by_student, see="corrupted", mixed=self.config.pixel_blocks)
-        return S, self.teacher.encode(crops + local * (not by_student))
+        crops, local, c = views.global_crops, views.local_crops, self.config
+        by_student, mixed = c.local_crops == "student", c.pixel_blocks if c.weights[0] else ()
+        S = self.student.encode(crops + local * by_student, see="corrupted", mixed=mixed)
+        return S, self.teacher.encode(crops + local * (not by_student)) if any(c.weights[1:]) else []
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """(3): q_s (Vs, B, P) after the predictor, z_t (Vt, B, P).  One of the two may hold local crops, at the end."""
         c = self.config
-        if not c.weights[2]:
-            return Step(0.0, {})
         weights = {
             (v, u): 1.0 if v < 2 and u < 2 else c.local_weight
             for v in range(len(q_s))
@@ -130,11 +129,12 @@ class MMC(Method):
             if max(v, u) > 1 or c.pairs == "both" or (v == u) == (c.pairs == "same")
         }
         directions = sum(v < 2 and u < 2 for v, u in weights) if c.directions == "sum" else 1
-        total = torch.stack([w * contrast(q_s[v], z_t[u], c.temperature) for (v, u), w in weights.items() if w]).sum()
+        keys = gathered_keys(z_t)
+        total = torch.stack([w * contrast(q_s[v], keys[u], c.temperature) for (v, u), w in weights.items() if w]).sum()
         loss = self.scale * directions * total / sum(weights.values())
         return Step(c.weights[2] * loss, {"class": loss})
 
-    def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor, views: Views, t: Progress) -> Step:
+    def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor | None, views: Views, t: Progress) -> Step:
         w_mim, w_pat, _ = self.config.weights
         crops, step = len(views.global_crops), Step(0.0, {})
         if w_mim:

@@ -17,7 +17,7 @@ from torch import Tensor
 from triptych.data.views import Views, ViewSpec
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP
-from triptych.losses import contrast
+from triptych.losses import contrast, gathered_keys
 from triptych.methods.base import Carry, Method, Step, Tower, ema_copy, ema_update
 from triptych.schedules import Progress, ahead, cosine
 from triptych.tokens import Tokens
@@ -63,8 +63,8 @@ class MoCoV3(Method):
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """q_s (2, B, P) after the predictor, z_t (2, B, P)."""
-        tau = self.config.temperature
-        loss = 2 * tau * (contrast(q_s[0], z_t[1], tau) + contrast(q_s[1], z_t[0], tau))  # (1)
+        tau, keys = self.config.temperature, gathered_keys(z_t)
+        loss = 2 * tau * (contrast(q_s[0], keys[1], tau) + contrast(q_s[1], keys[0], tau))  # (1)
         return Step(loss, {"mocov3": loss})
 
     def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor, views: Views, t: Progress) -> Step:

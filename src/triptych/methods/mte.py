@@ -89,9 +89,16 @@ class MTEConfig(EnsembleConfig):
                 raise ValueError("msn drops patches, and adaptive pooling needs the whole grid: set pooled 0")
             if self.same_view:
                 raise ValueError("msn's targets and anchors share no view: same_view false")
-        if isinstance(self.base, MMCConfig) and not self.base.weights[2]:
-            raise ValueError("mmc without its class loss has no image-level loss: the third of its weights above 0")
+        if isinstance(self.base, MMCConfig):
+            self._fits_mmc(self.base)
         return self
+
+    def _fits_mmc(self, base: MMCConfig) -> None:
+        if not base.weights[2]:
+            raise ValueError("mmc without its class loss has no image-level loss: the third of its weights above 0")
+        if self.same_view and (base.pairs, base.local_crops) != ("cross", "student"):
+            # The sum would weigh crops that the base pairs in another way.
+            raise ValueError("same_view goes with mmc's pairs cross and local_crops student; or set its pairs to both")
 
 
 class MTE(Method):

@@ -17,7 +17,7 @@ from triptych.data.corruption import HalfZeros
 from triptych.data.views import Views, ViewSpec
 from triptych.encoders.base import Encoder
 from triptych.heads import PixelHead, sit_head
-from triptych.losses import contrast
+from triptych.losses import contrast, gathered_keys
 from triptych.methods.base import Carry, Method, Step, Tower, ema_copy, ema_update, pixel_error
 from triptych.schedules import Progress, cosine
 from triptych.tokens import Tokens
@@ -27,7 +27,7 @@ class SiTConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["sit"] = "sit"
-    weight_pixels: float = Field(default=1.0, ge=0)  # λ; the authors advise 5 on small sets
+    weight_pixels: float = Field(default=1.0, gt=0)  # λ; the authors advise 5 on small sets
     corruption: HalfZeros = HalfZeros()
     temperature: float = Field(default=0.2, gt=0)  # τ
     hidden: int = Field(default=4096, ge=1)
@@ -63,8 +63,8 @@ class SiT(Method):
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """q_s, z_t (2, B, P)"""
-        tau = self.config.temperature
-        loss = 2 * tau * (contrast(q_s[0], z_t[1], tau) + contrast(q_s[1], z_t[0], tau))
+        tau, keys = self.config.temperature, gathered_keys(z_t)
+        loss = 2 * tau * (contrast(q_s[0], keys[1], tau) + contrast(q_s[1], keys[0], tau))
         return Step(loss, {"class": loss})
 
     def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor, views: Views, t: Progress) -> Step:

@@ -59,8 +59,16 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tokens, Tensor]:
         """(B, 3, H, W) -> tokens, o_g (B, C): (8)"""
         tokens = self.encoder(images)
-        read = {"cls": tokens.global_token, "patch_mean": tokens.patch.mean(1)}
-        return tokens, full_precision(self.head(torch.cat([read[name] for name in self.token.split("+")], -1)))
+        return tokens, self.logits(tokens)
+
+    def logits(self, tokens: Tokens) -> Tensor:
+        """(B, C)"""
+        if self.token == "cls":
+            read = tokens.global_token
+        else:
+            mean = tokens.patch.mean(1)
+            read = mean if self.token == "patch_mean" else torch.cat([tokens.global_token, mean], -1)
+        return full_precision(self.head(read))
 
 
 class Supervised(Method):
@@ -76,6 +84,8 @@ class Supervised(Method):
         super().__init__()
         assert config.classes, "the loop fills in the data's number of classes"
         self.config = c = config
+        if c.token == "cls+patch_mean" and not encoder.spec.cls:
+            raise UserError(f"token {c.token}: this encoder has no class token beside its mean patch: set it to cls")
         self.model = Classifier(encoder, config.classes, c.token)
         self.average = ema_copy(self.model) if c.average else None
         self.ensemble = None
