@@ -1,6 +1,7 @@
 """MMC's Table 4 on anybody's images: every combination of its three losses, trained, measured and fine-tuned."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,13 @@ def ablate(
     Under torchrun all processes train; the first one measures and returns the rows, the others return none.
     """
     from triptych.commands import labelled_pair
-    from triptych.train import train
+    from triptych.train import check_run, train
 
-    chosen = list(COMBINATIONS) if rows is None else list(rows)
+    chosen = list(COMBINATIONS) if rows is None else list(dict.fromkeys(rows))
+    if not chosen:
+        raise UserError(f"--rows without a name: give some of {', '.join(COMBINATIONS)}, or leave it out for all")
+    if k < 1:
+        raise UserError(f"--k {k}: give a number of neighbours from 1")
     if unknown := [row for row in chosen if row not in COMBINATIONS]:
         raise UserError(f"no row {unknown[0]!r} in the table; there are {', '.join(COMBINATIONS)}")
     recipes = {row: row_recipe(recipe, row, overrides) for row in chosen}
@@ -53,6 +58,13 @@ def ablate(
     distributed.start()
     try:
         pair = distributed.first_process_first(lambda: labelled_pair(data, test))
+        for one in recipes.values():
+            check_run(one, pair[0])
+        with _of_tuning():
+            for one in tuned.values():
+                check_run(one, pair[0])
+        if k > len(pair[0]):
+            raise UserError(f"--k {k} neighbours of {len(pair[0])} training images: use fewer")
         for row in chosen:
             _say(f"{row}: pre-training")
             train(recipes[row], pair[0], out / row)
@@ -85,7 +97,8 @@ def tuning_recipe(name: str, trained: Recipe, run: Path, overrides: Flat) -> Rec
     taken = [k for k in own if k in TAKEN or (k.startswith("encoder.") and k != "encoder.drop_path")]
     if taken:
         raise UserError(f"--{TUNING}{taken[0]}: fine-tuning takes it from the pre-trained run, leave it out")
-    found, _ = resolve(name, None, own)
+    with _of_tuning():
+        found, _ = resolve(name, None, own)
     if found.method.name != "supervised":
         raise UserError(f"--finetune {name} trains {found.method.name}: give a recipe of supervised training, or none")
     same = {field: getattr(trained.views, field) for field in ("global_size", "mean", "std")}
@@ -100,6 +113,15 @@ def tuning_recipe(name: str, trained: Recipe, run: Path, overrides: Flat) -> Rec
             "views": found.views.model_copy(update=same),
         }
     )
+
+
+@contextmanager
+def _of_tuning() -> Iterator[None]:
+    """What goes wrong here is to be mended with options that begin with `tuning.`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"fine-tuning, whose options begin with --{TUNING}: {error}") from error
 
 
 def measure(row: str, out: Path, data: str, test: str | None, k: int, tuned: bool) -> dict[str, Any]:

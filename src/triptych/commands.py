@@ -221,6 +221,8 @@ def eval_linear(model: str, data: str, test: str | None, out: Path, probe: dict[
 
 def writable(out: Path) -> None:
     """A results file that cannot be written is an error now, not after the work."""
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.open("a").close()
 

@@ -25,7 +25,7 @@ from triptych.tokens import AuxSees, Tokens, TokenSpec
 class EnsembleConfig(BaseModel):
     """Which auxiliary tokens there are and how they are made; every reading of the paper that is open is a setting."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     aux: int = Field(default=4, ge=0)  # m, auxiliary class tokens; 0 for Swin
     pooled: int = Field(default=6, ge=0)  # k, pooled tokens

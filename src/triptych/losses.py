@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triptych.distributed import all_gather, all_mean, rank
+from triptych.errors import UserError
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -90,6 +91,8 @@ def contrast(q: Tensor, keys: Tensor, temperature: float) -> Tensor:
 
     q (B, P) of this process, put to unit length here; keys (WB, P): one view of `gathered_keys`.
     """
+    if len(keys) < 2:
+        raise UserError("a contrast needs two images per forward pass, or there are no negatives: raise --batch")
     own = torch.arange(len(q), device=q.device) + len(q) * rank()
     return F.cross_entropy(similarity(unit(q), keys) / temperature, own)
 

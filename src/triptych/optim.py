@@ -17,7 +17,7 @@ TOKENS = ("cls_token", "reg_token", "pos_embed", "mask_token", "aux_tokens")
 
 
 class OptimConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["adamw", "lars", "sgd"] = "adamw"
     lr: float = Field(default=5e-4, ge=0)  # peak, per 256 images: scaled by images per step / 256

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from triptych.distributed import all_gather, rank
+from triptych.errors import UserError
 from triptych.losses import full_precision
 
 Negatives = Literal["same_position", "all_positions", "everything"]
@@ -28,6 +29,8 @@ def patch_contrast(
     """
     t = all_gather(full_precision(t), dim=1)  # (V, WB, N, P)
     p = full_precision(p)
+    if t.shape[1] < 2 and negatives != "everything":
+        raise UserError("a contrast needs two images per forward pass, or there are no negatives: raise --batch")
     first, (_, images, places, _) = rank() * p.shape[1], p.shape
     positive = (p * t[:, first : first + images]).sum(-1) / temperature
     if negatives == "same_position":  # one problem per view and place, whose keys are the images

@@ -20,7 +20,7 @@ from triptych.optim import OptimConfig
 class HealthConfig(BaseModel):
     """What is measured at the end of an epoch."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     every: int = Field(default=1, ge=0)  # epochs between measurements, 0 = never
     images: int = Field(default=2000, ge=8)  # at most so many images of the data set, always the same ones
@@ -28,14 +28,14 @@ class HealthConfig(BaseModel):
 
 
 class CheckpointConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     every: float = Field(default=1.0, gt=0)  # epochs between checkpoints
     keep: int = Field(default=2, ge=1)  # so many of the last ones
 
 
 class Recipe(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     method: MethodConfig

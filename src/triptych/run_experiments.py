@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor
 
 from triptych.commands import device, report, writable
-from triptych.data.batches import Batches, check_batch
+from triptych.data.batches import Batches
 from triptych.data.loader import ViewDataset, collate
 from triptych.data.sources import open_source
 from triptych.encoders.load import load_encoder, load_method
@@ -29,12 +29,15 @@ def eval_gradients(run: str, data: str, out: Path, *, weights: str, batches: int
     """Of the run's own batches, made from the images as in training, at its last step."""
     import torch
 
+    check_numbers(batches=batches, seed=seed)
     writable(out)
     source = open_source(data)
     recipe, method, name = load_method(run, weights)  # type: ignore[arg-type]
     recipe = of_source(recipe, source)
-    check_batch(len(source), recipe.batch, 1, 1)
-    per_epoch = len(source) // recipe.batch
+    part = recipe.batch // recipe.accumulate  # images of one forward pass
+    if len(source) < part:
+        raise UserError(f"{source.name} has {len(source)} images: the run's batches take {part}, give at least as many")
+    per_epoch = len(source) // part
     step = int(name.rpartition("@")[2]) - 1 if "@" in name else 0
     t = Progress(max(step, 0), max(recipe.epochs * per_epoch, step + 1), per_epoch)
     spec = METHODS[type(recipe.method)].view_spec(recipe.method)
@@ -42,13 +45,13 @@ def eval_gradients(run: str, data: str, out: Path, *, weights: str, batches: int
     mean, std = (torch.tensor(x, device=device()) for x in (recipe.views.mean, recipe.views.std))
 
     def drawn():
-        keys = iter(Batches(len(source), recipe.batch, 1 + batches // per_epoch, seed))
+        keys = iter(Batches(len(source), part, 1 + batches // per_epoch, seed))
         for number in range(batches):
             seed_all(hash((seed, number)))
             yield collate([images[key] for key in next(keys)])[0].on_device(device(), mean, std)
 
     result = gradients(method.to(device()), drawn(), t)
-    table = Table("", "", title=f"gradient at the encoder's last block, {result.batches} batches of {recipe.batch}")
+    table = Table("", "", title=f"gradient at the encoder's last block, {result.batches} batches of {part}")
     for term, norm in result.norms.items():
         table.add_row(f"norm of {term}, before its weight", f"{norm:.4g}")
     table.add_row("norm of the whole loss", f"{result.loss:.4g}")
@@ -60,6 +63,7 @@ def eval_gradients(run: str, data: str, out: Path, *, weights: str, batches: int
 
 
 def eval_patches(model: str, data: str, out: Path, *, weights, size, arch, images: int, head: bool, seed: int) -> dict:
+    check_numbers(images=images, seed=seed)
     writable(out)
     loaded = load_encoder(model, weights=weights, arch=arch)
     embed: Callable[[Tensor], Tensor] = lambda x: loaded.encoder(x).patch  # noqa: E731
@@ -84,10 +88,20 @@ def eval_patches(model: str, data: str, out: Path, *, weights, size, arch, image
     return report("patches", asdict(result), about, table, out)
 
 
+def check_numbers(*, seed: int, **at_least_one: int) -> None:
+    for name, number in at_least_one.items():
+        if number < 1:
+            raise UserError(f"--{name} {number}: give at least 1")
+    if seed < 0:
+        raise UserError(f"--seed {seed}: give a number of 0 or more")
+
+
 def patch_tower(method: Method, weights: str) -> Tower:
     """The branch with a head of its own for patches.  Raises UserError."""
     base: Any = getattr(method, "base", method)
     tower = getattr(base, "student" if weights == "student" else "teacher", None)
     if not hasattr(tower, "patch_projector"):
         raise UserError(f"{base.config.name} has no head of its own for patches (mmc has): leave out --head")
+    if not any(p.requires_grad for p in base.student.patch_projector.parameters()):
+        raise UserError(f"this run ({base.config.name}) never trained its head for patches: its loss has weight 0")
     return cast(Tower, tower)

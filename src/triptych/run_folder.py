@@ -58,6 +58,8 @@ def claim_folder(recipe: Recipe, source: Source, out: Path) -> None:
     """Write recipe.yaml and run.json, or check that an existing run is this one.  Raises UserError where it is not."""
     if not distributed.is_main():
         return
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: name a folder, which the run will fill")
     mine = recipe.model_dump(mode="json")
     data = {"name": str(Path(source.name).resolve()) if Path(source.name).exists() else source.name}
     data |= {"images": len(source), "fingerprint": source.fingerprint()}

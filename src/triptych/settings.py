@@ -1,7 +1,8 @@
 """From a recipe's name, a YAML file and `--dotted.name value` pairs to one checked Recipe, with each value's origin."""
 
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -92,6 +93,8 @@ def resolve(name: str, config: Path | None, overrides: Flat) -> tuple[Recipe, di
         for key, value in layer.items():
             _check_name(key, _fields(Recipe, values | layer), source)
             values[key], origin[key] = value, source
+    kinds = _fields(Recipe, values)
+    values |= {k: [v] for k, v in values.items() if isinstance(v, int | float | str) and _is_list(kinds.get(k))}
     try:
         recipe = Recipe.model_validate(nested(values))
     except ValidationError as error:
@@ -123,14 +126,18 @@ def _switch(values: Flat, layer: Flat, chosen: set[str]) -> Flat:
     return {k: v for k, v in values.items() if k in known}
 
 
-def _fields(model: type[BaseModel], values: Flat, prefix: str = "") -> dict[str, None]:
-    """Flat names of all fields, those of the methods and encoders that `values` names."""
-    out: dict[str, None] = {}
+def _fields(model: type[BaseModel], values: Flat, prefix: str = "") -> dict[str, Any]:
+    """Flat names of all fields, those of the methods and encoders that `values` names, and their types."""
+    out: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         kinds = {c.model_fields["name"].default: c for c in _members(field.annotation) if "name" in c.model_fields}
         kind: Any = field.annotation
         if kinds:
             given = values.get(f"{prefix}{name}.name", getattr(field.default, "name", next(iter(kinds))))
+            if not isinstance(given, str):
+                raise UserError(
+                    f"{prefix}{name}.name takes one name, not {given}; MTE over mmc is method.base.name mmc"
+                )
             if given not in kinds:
                 what = "base of mte" if name == "base" else name
                 raise UserError(f"no {what} {given!r}{nearest(str(given), kinds)} there are: {', '.join(kinds)}")
@@ -138,7 +145,7 @@ def _fields(model: type[BaseModel], values: Flat, prefix: str = "") -> dict[str,
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             out |= _fields(kind, values, f"{prefix}{name}.")
         else:
-            out[f"{prefix}{name}"] = None
+            out[f"{prefix}{name}"] = kind
     return out
 
 
@@ -149,7 +156,13 @@ def _members(annotation: Any) -> list[type[BaseModel]]:
     return [m for part in get_args(annotation) for m in _members(part)]
 
 
-def _check_name(key: str, known: dict[str, None], source: str) -> None:
+def _is_list(kind: Any) -> bool:
+    """Is it a tuple, or one or None?"""
+    kinds = [k for k in get_args(kind) if k is not type(None)] if get_origin(kind) in (Union, UnionType) else [kind]
+    return all(get_origin(k) is tuple for k in kinds)
+
+
+def _check_name(key: str, known: dict[str, Any], source: str) -> None:
     if key not in known:
         close = nearest(key, known) or nearest(key.split(".")[-1], [k.split(".")[-1] for k in known])
         leaf = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
@@ -164,8 +177,8 @@ def _readable(error: ValidationError, origin: dict[str, str]) -> str:
         name = ".".join(p for p in path if not p.isdigit())
         where = origin.get(name, "recipe")
         said = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "tuple_type":
-            said = f"a list is needed, of a single value [{problem['input']}]"
+        if problem["type"] == "missing" and path[-1].isdigit():
+            said = f"{int(path[-1]) + 1} values are needed at least"
         # Settings at odds with each other come with all of them as input: what is said names those that matter.
         given = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
         lines.append(f"{where}: {name}{given}: {said[0].lower()}{said[1:]}")

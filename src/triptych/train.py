@@ -28,7 +28,7 @@ from triptych.data.views import Views
 from triptych.errors import Interrupted, NonFinite, UserError
 from triptych.health import measure
 from triptych.log import Metrics, ProgressLine, duration
-from triptych.methods import METHODS, Method
+from triptych.methods import METHODS, Method, SupervisedConfig
 from triptych.methods.base import Step
 from triptych.optim import clip_gradients, exempt, make_optimizer, set_rates
 from triptych.recipe import Recipe, build_method, of_source
@@ -64,8 +64,17 @@ def train(recipe: Recipe, source: Source, out: Path, console: Console | None = N
     """
     device = distributed.start()
     console = console or Console()
-    check_batch(len(source), recipe.batch, recipe.accumulate, distributed.world_size())
+    check_run(recipe, source)
     return Run(recipe, source, out, device, console).train()
+
+
+def check_run(recipe: Recipe, source: Source) -> None:
+    """Raises UserError where the images do not fill the recipe's batches, or a forward pass cannot pair its images."""
+    world, method = distributed.world_size(), recipe.method
+    check_batch(len(source), recipe.batch, recipe.accumulate, world)
+    each = recipe.batch // (recipe.accumulate * world)
+    if isinstance(method, SupervisedConfig) and (method.mixup or method.cutmix) and each % 2:
+        raise UserError(f"mixup pairs images, and a process has {each} of them: choose an even --batch")
 
 
 class Run:

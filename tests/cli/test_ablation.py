@@ -29,7 +29,9 @@ def here(place, monkeypatch):
 
 
 def ablate(*words: str) -> None:
-    main(["ablate", "--data", "data/train", "--test", "data/test", "--k", "3", *" ".join(words).split()])
+    given = " ".join(words).split()
+    k = [] if "--k" in given else ["--k", "3"]
+    main(["ablate", "--data", "data/train", "--test", "data/test", *k, *given])
 
 
 def test_rows_of_the_table_are_trained_measured_and_fine_tuned(here, capsys):
@@ -71,7 +73,12 @@ def test_without_fine_tuning(here, capsys):
         ("--recipe dino_small", "trains dino: the table is about the losses of mmc"),
         ("--method.weights 1 1 1", "are what the table varies"),
         ("--finetune dino_small", "trains dino: give a recipe of supervised training, or none"),
-        ("--tuning.epoch 3", "epoch"),
+        ("--tuning.epoch 3", "fine-tuning, whose options begin with --tuning.: command line: no setting 'epoch'"),
+        (f"{SMALL} --tuning.batch 7", "begin with --tuning.: mixup pairs images"),
+        (SMALL, "begin with --tuning.: the data set has 16 images, fewer than one step's batch of 64"),
+        ("--k 0", "neighbours from 1"),
+        (f"{SMALL} {TUNING} --k 17", "17 neighbours of 16 training images"),
+        ("--rows", "--rows without a name: give some of pixels"),
         ("--tuning.views.global_size 64", "fine-tuning takes it from the pre-trained run"),
         ("--tuning.encoder.depth 9", "fine-tuning takes it from the pre-trained run"),
     ],
@@ -100,8 +107,8 @@ def test_training_starts_from_a_runs_teacher_a_checkpoint_or_an_export(here, cap
         ("--encoder.weights pretrained --encoder.heads 4", "it has heads 3, the encoder 4"),
         ("--encoder.weights pretrained --encoder.depth 3", "it has depth 2, the encoder 3"),
     ):
+        more = [*words[2:], *wrong.split(), "--out", "unfit"]
         with pytest.raises(SystemExit) as stopped:
-            more = [*words[2:], *wrong.split(), "--out", "unfit"]
             main(["train", "--recipe", "finetune_small", "--data", "data/train", *more])
         assert stopped.value.code == 2
         assert said in capsys.readouterr().err

@@ -114,10 +114,14 @@ def test_the_log_sum_exp_passes_gradcheck_and_holds_no_matrix_of_all_pairs():
     assert saved == [q.shape]  # one mean key per row
 
 
-def test_an_image_alone_has_no_negatives_and_no_loss():
+def test_an_image_alone_has_no_negatives_and_is_refused():
     p = unit(torch.randn(2, 1, 4, 5))
     for negatives in ("same_position", "all_positions"):
-        torch.testing.assert_close(patch_contrast(p, unit(torch.randn_like(p)), 0.2, negatives), torch.zeros(2, 1, 4))
+        with pytest.raises(UserError, match="needs two images"):
+            patch_contrast(p, p, 0.2, negatives)
+    with pytest.raises(UserError, match="needs two images"):
+        make(weights=(1, 0, 1), head_norm=False)(random_views(1), T0)
+    assert patch_contrast(p, p, 0.2, "everything").gt(0).all()  # other patches of the image are negatives too
 
 
 @pytest.mark.parametrize(("scored", "key"), [("all", "mean_all"), ("masked", "mean_masked")])

@@ -23,7 +23,7 @@ class CorruptionConfig(BaseModel):
     """Each crop loses `share` of its pixels to one of `kinds` or, with probability `replace`, `replace_share` of them
     to another image of the batch."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kinds: tuple[Fill, ...] = Field(default=("noise",), min_length=1)  # one is drawn; "self" = from elsewhere in it
     share: float = Field(default=0.75, ge=0, le=1)  # ρ: what goes is drawn from U(min(½, ρ), ρ)

@@ -38,7 +38,7 @@ from triptych.errors import UserError, nearest
 class ViewsConfig(BaseModel):
     """One or two global crops and so many local ones of every image."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     global_crops: Literal[1, 2] = 2  # of each image; supervised training takes one
     global_size: int = Field(default=224, ge=1)  # pixels
@@ -78,7 +78,7 @@ class ViewsConfig(BaseModel):
 
 
 class LoaderConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     workers: int | None = Field(default=None, ge=0)  # processes that make views; None: this process's cores, at most 16
     max_unreadable: float = Field(default=0.01, ge=0, le=1)  # share of the data set; more of it stops the run

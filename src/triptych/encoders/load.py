@@ -83,7 +83,11 @@ def load_method(model: str | Path, weights: Weights = "teacher") -> "tuple[Recip
     folder, file = (path.parent.parent, path) if path.suffix == ".pt" else (path, None)
     if not (folder / "recipe.yaml").exists():
         raise UserError(f"{model} is not a Triptych run: give the folder that `triptych train` wrote, or a checkpoint")
-    recipe = Recipe.model_validate(yaml.safe_load((folder / "recipe.yaml").read_text()))
+    try:
+        recipe = Recipe.model_validate(yaml.safe_load((folder / "recipe.yaml").read_text()))
+    except (yaml.YAMLError, ValueError) as error:  # pydantic's and Unicode's errors are ValueErrors
+        said = " ".join(str(error).split())
+        raise UserError(f"{folder / 'recipe.yaml'} is no recipe of this version of Triptych: {said}") from error
     if weights == "untrained":
         return recipe, build_method(recipe), f"{path}"
     method = build_method(recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"weights": None})}))

@@ -26,7 +26,7 @@ from triptych.tokens import Tokens, TokenSpec
 class SwinConfig(BaseModel):
     """Any Swin (not V2) by timm's name, optionally at another size.  None = what the architecture says."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["swin"] = "swin"
     arch: str = "swin_tiny_patch4_window7_224"  # timm's name

@@ -25,7 +25,7 @@ from triptych.tokens import Tokens, TokenSpec
 class ViTConfig(BaseModel):
     """Any plain ViT by timm's name, optionally at another size.  None = what the architecture says."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["vit"] = "vit"
     arch: str = "vit_small_patch16_224"  # timm's name

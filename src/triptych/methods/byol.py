@@ -23,7 +23,7 @@ from triptych.tokens import Tokens
 
 
 class BYOLConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["byol"] = "byol"
     hidden: int = Field(default=4096, ge=1)

@@ -22,7 +22,7 @@ from triptych.schedules import Progress
 
 
 class GMMLConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["gmml"] = "gmml"
     corruption: CorruptionConfig = CorruptionConfig()  # three quarters noise, or 30 % of another image

@@ -25,7 +25,7 @@ from triptych.tokens import Tokens, TokenSpec
 
 
 class HSSLConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["hssl"] = "hssl"
     hidden: int = Field(default=2048, ge=1)  # width of both projectors' two hidden layers

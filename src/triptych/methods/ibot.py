@@ -24,7 +24,7 @@ from triptych.tokens import Tokens, TokenSpec
 
 
 class iBOTConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["ibot"] = "ibot"
     hidden: int = Field(default=2048, ge=1)  # width of the projector's two hidden layers

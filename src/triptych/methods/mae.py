@@ -23,7 +23,7 @@ from triptych.schedules import Progress
 
 
 class MAEConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["mae"] = "mae"
     drop: float = Field(default=0.75, gt=0, lt=1)  # share of the patches

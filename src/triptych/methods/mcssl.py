@@ -28,7 +28,7 @@ Weight = Annotated[float, Field(gt=0)]
 
 
 class MCSSLConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["mcssl"] = "mcssl"
     weights: tuple[Weight, Weight, Weight] = (1.0, 1.0, 1.0)  # of L_MIM, L_PAT, L_CLS

@@ -32,7 +32,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class MMCConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["mmc"] = "mmc"
     weights: tuple[Weight, Weight, Weight] = (1.0, 1.0, 1.0)  # of L_MIM, L_PAT, L_CLS; 0 leaves a loss out

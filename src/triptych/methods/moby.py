@@ -25,7 +25,7 @@ from triptych.tokens import Tokens
 
 
 class MoBYConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["moby"] = "moby"
     hidden: int = Field(default=4096, ge=1)

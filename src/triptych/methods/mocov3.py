@@ -24,7 +24,7 @@ from triptych.tokens import Tokens
 
 
 class MoCoV3Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["mocov3"] = "mocov3"
     hidden: int = Field(default=4096, ge=1)

@@ -27,7 +27,7 @@ from triptych.tokens import Tokens
 
 
 class MSNConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["msn"] = "msn"
     hidden: int = Field(default=2048, ge=1)

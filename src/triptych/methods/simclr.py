@@ -24,7 +24,7 @@ from triptych.tokens import Tokens
 
 
 class SimCLRConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["simclr"] = "simclr"
     hidden: int = Field(default=2048, ge=1)

@@ -24,7 +24,7 @@ from triptych.tokens import Tokens
 
 
 class SiTConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["sit"] = "sit"
     weight_pixels: float = Field(default=1.0, gt=0)  # λ; the authors advise 5 on small sets

@@ -23,7 +23,7 @@ from triptych.tokens import Tokens
 
 
 class SwAVConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["swav"] = "swav"
     hidden: int = Field(default=2048, ge=1)

@@ -31,7 +31,7 @@ CLASS, PLUS, PATCH = range(3)  # rows of the centre
 
 
 class UDIConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["udi"] = "udi"
     hidden: int = Field(default=2048, ge=1)  # width of the projector's two hidden layers
