@@ -8,7 +8,8 @@ import torch
 from conftest import tiny_encoder
 from triptych.data.batches import Batches
 from triptych.data.loader import LoaderConfig, ViewDataset, ViewsConfig, make_loader
-from triptych.data.sources import Subset, open_source
+from triptych.data.sources import open_source
+from triptych.data.subsets import Subset
 from triptych.data.views import ViewSpec
 from triptych.evals.features import EvalTransform, extract, labels_of
 from triptych.evals.knn import knn

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from triptych.data.sources import SOURCES, Source, Subset, open_source, splits
+from triptych.data.sources import SOURCES, Source, open_source, splits
+from triptych.data.subsets import Subset
 from triptych.encoders import ENCODERS
 from triptych.encoders.load import Loaded, load_encoder
 from triptych.errors import UserError

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from triptych.data.sources import Source, Subset
+from triptych.data.sources import Source
+from triptych.data.subsets import Subset
 from triptych.data.views import Views
 from triptych.evals.features import EvalTransform, extract, labels_of
 from triptych.evals.knn import knn

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from triptych.data.images import UnreadableImage
-from triptych.data.sources import SOURCES, Subset, load_rgb, open_source, splits
+from triptych.data.sources import SOURCES, load_rgb, open_source, splits
+from triptych.data.subsets import Subset
 from triptych.data.torchvision_sets import SETS
 from triptych.errors import UserError
 

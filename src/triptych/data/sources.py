@@ -4,19 +4,17 @@ A source is one store of images (files, archive, torchvision set) behind one cla
 one rule, whatever the store.  Sources are picklable, and stay usable in forked and spawned DataLoader workers.
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from triptych.data.images import UnreadableImage, to_rgb
 from triptych.data.stores import Files, Store, open_store
-from triptych.data.subsets import SUBSETS, positions
+from triptych.data.subsets import SUBSETS, Subset, digest, positions
 from triptych.data.torchvision_sets import SETS, TorchvisionStore
 from triptych.errors import UserError, nearest
 
@@ -116,38 +114,6 @@ def splits(spec: str | Path) -> tuple[Source, Source] | None:
     return train, next((test for test in tests if test.classes), tests[0])
 
 
-class Subset:
-    """Chosen images of another source, in the order of `indices`; its name is the source's name with a suffix.
-
-    classes: those that count, in their order, where not all of the source's do.
-    """
-
-    def __init__(
-        self, source: Source, indices: Sequence[int], suffix: str, classes: tuple[str, ...] | None = None
-    ) -> None:
-        self.source = source
-        self.indices = np.asarray(indices, dtype=np.int64)
-        self.name = source.name + suffix
-        self.classes = classes or source.classes
-        self._numbers = {(source.classes or ()).index(name): i for i, name in enumerate(classes or ())}
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def image(self, index: int) -> Image.Image:
-        return self.source.image(int(self.indices[index]))
-
-    def label(self, index: int) -> int | None:
-        label = self.source.label(int(self.indices[index]))
-        return label if label is None or not self._numbers else self._numbers[label]
-
-    def key(self, index: int) -> str:
-        return self.source.key(int(self.indices[index]))
-
-    def fingerprint(self) -> str:
-        return _digest([self.source.fingerprint(), *map(str, self.indices)])
-
-
 def _part_of_set(name: str, kind: str, root: str, split: str | None) -> Subset:
     if not root:
         raise UserError(f"{name}: say where ImageNet lies: {kind}@FOLDER")
@@ -192,7 +158,7 @@ class _Stored:
 
     def fingerprint(self) -> str:
         sizes = (self.open_store.size(position) for position in self._positions)
-        return _digest(f"{self.key(i)}\0{self.label(i)}\0{size}" for i, size in enumerate(sizes))
+        return digest(f"{self.key(i)}\0{self.label(i)}\0{size}" for i, size in enumerate(sizes))
 
 
 class _Scenes:
@@ -226,15 +192,7 @@ class _Scenes:
         return f"seed{self._seed}/{self._start + index:06d}"
 
     def fingerprint(self) -> str:
-        return _digest(f"{self.key(i)}\0{self.label(i)}" for i in range(len(self)))
-
-
-def _digest(rows: Iterable[str]) -> str:
-    """16 hex digits over lines of text; file names that are no UTF-8 count with their raw bytes."""
-    digest = hashlib.blake2b(digest_size=8)
-    for row in rows:
-        digest.update(f"{row}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+        return digest(f"{self.key(i)}\0{self.label(i)}" for i in range(len(self)))
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,11 @@
-"""Parts of ImageNet that papers train on, taken from a copy of the whole."""
+"""Parts of a source; those of ImageNet that papers train on."""
 
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
 
 from triptych.errors import UserError
 
@@ -27,6 +32,38 @@ IMAGENET100 = tuple(
 SUBSETS: dict[str, tuple[str, ...]] = {"imagenet100": IMAGENET100}
 
 
+class Subset:
+    """Chosen images of another source, in the order of `indices`; its name is the source's name with a suffix.
+
+    classes: those that count, in their order, where not all of the source's do.
+    """
+
+    def __init__(
+        self, source: "Source", indices: Sequence[int], suffix: str, classes: tuple[str, ...] | None = None
+    ) -> None:
+        self.source = source
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.name = source.name + suffix
+        self.classes = classes or source.classes
+        self._numbers = {(source.classes or ()).index(name): i for i, name in enumerate(classes or ())}
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, index: int) -> Image.Image:
+        return self.source.image(int(self.indices[index]))
+
+    def label(self, index: int) -> int | None:
+        label = self.source.label(int(self.indices[index]))
+        return label if label is None or not self._numbers else self._numbers[label]
+
+    def key(self, index: int) -> str:
+        return self.source.key(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        return digest([self.source.fingerprint(), *map(str, self.indices)])
+
+
 def positions(source: "Source", classes: tuple[str, ...]) -> list[int]:
     """Where the images of these classes are.  Raises UserError where the source lacks some of them."""
     missing = [name for name in classes if name not in (source.classes or ())]
@@ -39,3 +76,11 @@ def positions(source: "Source", classes: tuple[str, ...]) -> list[int]:
     wanted, names = set(classes), source.classes or ()
     labels = [source.label(i) for i in range(len(source))]
     return [i for i, label in enumerate(labels) if label is not None and names[label] in wanted]
+
+
+def digest(rows: Iterable[str]) -> str:
+    """16 hex digits over lines of text; file names that are no UTF-8 count with their raw bytes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        digest.update(f"{row}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
