@@ -328,7 +328,9 @@ def test_what_cannot_be_converted_is_unreadable(animals, monkeypatch):
 
 
 def test_a_missing_path_lists_the_data_sets_and_the_nearest_name():
-    with pytest.raises(UserError, match=r"(?s)'cifar01' is neither.*did you mean.*cifar10.*one of: scenes, imagenet100, cifar10"):
+    with pytest.raises(
+        UserError, match=r"(?s)'cifar01' is neither.*did you mean.*cifar10.*one of: scenes, imagenet100, cifar10"
+    ):
         open_source("cifar01")
 
 
