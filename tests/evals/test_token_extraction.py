@@ -38,6 +38,7 @@ def make(config, build_encoder=tiny_encoder):
 
 def small(base):
     sizes = {"hidden": 8, "embedding": 4, "prototypes": 6, "queue": 16, "head_kernel": 3}
+    sizes["drop"] = 0  # MSN's patches, without all of which nothing can be pooled
     return base(**{name: n for name, n in sizes.items() if name in base.model_fields})
 
 

@@ -56,8 +56,9 @@ class Side:
         tower = method.student if student else method.teacher
         own = student or method.teaches_itself
         ensemble = method.student_ensemble if own else method.teacher_ensemble
-        prototypes = tower.prototypes.weight.detach() if hasattr(tower, "prototypes") else None
         base = cast(Siamese, method.base)
+        found = getattr(tower, "prototypes", getattr(base, "prototypes", None))  # the towers of MSN share theirs
+        prototypes = None if found is None else found.weight.detach()
 
         def encode(images: Tensor) -> Tokens:
             # The base's own `encode`, for bases that add auxiliary tokens to the encoder's (HSSL); unmasked, whole.

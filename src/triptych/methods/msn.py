@@ -69,7 +69,7 @@ class MSN(Method):
         return self.global_loss(self.student.project(S), self.teacher.project(T), t)
 
     def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
-        target, anchor = views.global_crops
+        target, anchor = views.global_crops[0], views.global_crops[-1]  # one crop alone is both (`eval tokens`)
         if self.config.shared_drop and anchor.keep is not None:
             anchor = replace(anchor, keep=anchor.keep[:1].expand_as(anchor.keep))
         return self.student.encode([anchor, *views.local_crops], see="kept"), self.teacher.encode([target])
