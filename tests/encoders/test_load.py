@@ -66,6 +66,31 @@ def test_a_dino_checkpoint_gives_its_teacher(tmp_path):
     assert torch.equal(loaded.encoder.vit.pos_embed, teacher["pos_embed"])
 
 
+def test_checkpoints_of_mae_and_msn_give_the_encoder_without_decoder_and_head(tmp_path):
+    """Under the names that these code bases write; the files themselves were not at hand."""
+    mine, other = vit().state_dict(), vit(img_size=40).state_dict()
+    decoder = {
+        "mask_token": torch.ones(1, 1, 8),
+        "decoder_pos_embed": torch.ones(1, 5, 8),
+        "decoder_norm.bias": mine["norm.bias"],
+    }
+    head = {"module.fc.fc1.weight": torch.ones(2, 2)}
+    files = {
+        "mae": {"model": mine | decoder, "epoch": 3},
+        "msn": {
+            "encoder": {f"module.{k}": v for k, v in other.items()},
+            "target_encoder": {f"module.{k}": v for k, v in mine.items()} | head,
+            "prototypes": torch.ones(2, 2),
+        },
+    }
+    for name, file in files.items():
+        torch.save(file, tmp_path / f"{name}.pth")
+        encoder = load_encoder(str(tmp_path / f"{name}.pth")).encoder
+        found = encoder.vit.state_dict()
+        assert found.keys() == mine.keys()
+        assert all(torch.equal(found[k], mine[k]) for k in mine)
+
+
 def test_a_released_udi_checkpoint_gives_class_and_class_plus(tmp_path):
     state = vit(reg_tokens=1).state_dict()
     expected = state["reg_token"].clone()
