@@ -31,6 +31,17 @@ def teacher_probabilities(z: Tensor, prototypes: Tensor, center: Tensor, tempera
     return ((full_precision(z @ prototypes.T) - center) / temperature).softmax(-1)
 
 
+def both_probabilities(
+    z_t: Tensor, w_t: Tensor, z_s: Tensor, w_s: Tensor, center: Tensor, temps: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """(teacher, student) probabilities (B, K) of embeddings z (B, P) under prototypes w (K, P).
+
+    temps: (teacher's, student's).  The student has no centre.
+    """
+    p_t = teacher_probabilities(z_t, w_t, center, temps[0])
+    return p_t, teacher_probabilities(z_s, w_s, torch.zeros_like(center), temps[1])
+
+
 def prototype_cross_entropy(
     z_s: Tensor,
     prototypes_s: Tensor,

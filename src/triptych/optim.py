@@ -138,7 +138,7 @@ def trust_ratios(params: list[Tensor], updates: list[Tensor], trust: float) -> l
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("scale", 1.0)  # runs of before 0.2 have none
+        group["lr"] = lr * group.get("scale", 1.0)  # restored from an older checkpoint: no scale
         if group["decay"]:
             group["weight_decay"] = weight_decay
 

@@ -1,10 +1,10 @@
 """`triptych eval gradients` and `eval patches`: what tells apart the readings of a loss (docs/methods/mmc.md)."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from rich.table import Table
 from torch import Tensor
 
@@ -27,8 +27,6 @@ from triptych.train import seed_all
 
 def eval_gradients(run: str, data: str, out: Path, *, weights: str, batches: int, seed: int) -> dict:
     """Of the run's own batches, made from the images as in training, at its last step."""
-    import torch
-
     check_numbers(batches=batches, seed=seed)
     writable(out)
     source = open_source(data)
@@ -66,12 +64,14 @@ def eval_patches(model: str, data: str, out: Path, *, weights, size, arch, image
     check_numbers(images=images, seed=seed)
     writable(out)
     loaded = load_encoder(model, weights=weights, arch=arch)
-    embed: Callable[[Tensor], Tensor] = lambda x: loaded.encoder(x).patch  # noqa: E731
-    if head:
-        tower = patch_tower(load_method(model, weights)[1], weights)
-        tower.to(device()).eval()
-        embed = lambda x: tower.patch_projector(tower.encoder(x).patch.flatten(0, 1)).unflatten(0, (len(x), -1))  # noqa: E731
     loaded.encoder.to(device())
+    tower = patch_tower(load_method(model, weights)[1], weights).to(device()).eval() if head else None
+
+    def embed(x: Tensor) -> Tensor:
+        if tower is None:
+            return loaded.encoder(x).patch
+        return tower.patch_projector(tower.encoder(x).patch.flatten(0, 1)).unflatten(0, (len(x), -1))
+
     pixels = size or loaded.size
     loaded.encoder.grid(pixels, pixels)
     source = sample_of(open_source(data), images, seed)

@@ -5,7 +5,6 @@ one rule, whatever the store.  Sources are picklable, and stay usable in forked 
 """
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,8 +12,9 @@ from typing import Protocol
 from PIL import Image, UnidentifiedImageError
 
 from triptych.data.images import UnreadableImage, to_rgb
+from triptych.data.scenes_source import ScenesSource
 from triptych.data.stores import Files, Store, open_store
-from triptych.data.subsets import SUBSETS, Subset, digest, positions
+from triptych.data.subsets import HELD_OUT, SUBSETS, Subset, digest, positions
 from triptych.data.torchvision_sets import SETS, TorchvisionStore
 from triptych.errors import UserError, nearest
 
@@ -27,7 +27,6 @@ SOURCES: dict[str, str] = {
     "imagenet100[:SPLIT]@ROOT": "100 classes of the ImageNet that lies in the folder or archive ROOT",
     **{name: known.about for name, known in SETS.items()},
 }
-HELD_OUT = ("test", "val", "valid", "validation")  # names of folders to measure on, best first
 
 
 class Source(Protocol):
@@ -75,7 +74,7 @@ def open_source(spec: str | Path, *, split: str | None = None) -> Source:
         return _from_path(path, name, split)
     kind, of, root = _named(spec)
     if kind == "scenes":
-        return _Scenes(name, spec, split)
+        return ScenesSource(name, spec, split)
     if kind in SUBSETS:
         return _part_of_set(name, kind, root, split or of or None)
     if kind not in SETS:
@@ -159,40 +158,6 @@ class _Stored:
     def fingerprint(self) -> str:
         sizes = (self.open_store.size(position) for position in self._positions)
         return digest(f"{self.key(i)}\0{self.label(i)}\0{size}" for i, size in enumerate(sizes))
-
-
-class _Scenes:
-    """Drawn pictures; those of split "test" are never among those of "train", whatever their number."""
-
-    def __init__(self, name: str, spec: str, split: str | None) -> None:
-        from triptych.data.scenes import CLASSES, TEST_START  # here, because they bring OpenCV along
-
-        given = re.fullmatch(r"scenes(?::(\d+))?(?:@(\d+))?", spec, re.IGNORECASE)
-        if not given or (given[1] and int(given[1]) == 0) or split not in (None, "train", *HELD_OUT):
-            raise UserError(
-                f"{name!r} is no set of scenes; write scenes, scenes:N, scenes@SEED or scenes:N@SEED with N of at "
-                "least 1; their splits are train and test"
-            )
-        self.name, self.classes = name, CLASSES
-        self._count, self._seed = int(given[1] or 1000), int(given[2] or 0)
-        self._start = TEST_START if split in HELD_OUT else 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def image(self, index: int) -> Image.Image:
-        from triptych.data.scenes import scene
-
-        return Image.fromarray(scene(self._start + index, seed=self._seed, size=96).image)
-
-    def label(self, index: int) -> int | None:
-        return (self._start + index) % len(self.classes)  # as scene() promises, without drawing
-
-    def key(self, index: int) -> str:
-        return f"seed{self._seed}/{self._start + index:06d}"
-
-    def fingerprint(self) -> str:
-        return digest(f"{self.key(i)}\0{self.label(i)}" for i in range(len(self)))
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,7 @@ from triptych.errors import UserError
 if TYPE_CHECKING:
     from triptych.data.sources import Source
 
+HELD_OUT = ("test", "val", "valid", "validation")  # names of folders to measure on, best first
 # Tian et al. 2019 (CMC), as in danielchyeh/ImageNet-100-Pytorch (MIT), which MMC names.
 IMAGENET100 = tuple(
     """

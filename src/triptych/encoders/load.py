@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from triptych.encoders import load_swin
 from triptych.encoders.base import Encoder
+from triptych.encoders.state import State, read_state, split_positions, take_registers
 from triptych.encoders.swin import Swin, set_norm_eps
 from triptych.encoders.vit import ViT
 from triptych.errors import UserError, nearest
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from triptych.recipe import Recipe
 
 Weights = Literal["teacher", "student", "untrained"]
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -148,70 +148,6 @@ def _plain_vit(name: str, model: nn.Module) -> ViT:
     return ViT(vit, TokenSpec(cls=int(vit.has_class_token), register=vit.num_reg_tokens))
 
 
-def read_state(path: Path) -> State:
-    """Tensors of a file under timm's names, from whichever nesting and prefixes it uses.
-
-    Checkpoints of DINO, iBOT, UDI and MSN: the teacher's backbone; of MoBY: the online encoder.  UDI's two class tokens
-    become the class token and the first register (class+).  Heads and MAE's decoder are left out.
-    """
-    try:
-        raw: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:
-        raise UserError(f"{path} is not a file of weights that can be read safely: {error}") from error
-    for key in ("teacher", "target_encoder", "model", "state_dict"):
-        if isinstance(raw, dict) and isinstance(raw.get(key), dict):
-            raw = raw[key]
-    if not isinstance(raw, dict) or not all(isinstance(v, Tensor) for v in raw.values()):
-        raise UserError(f"{path} holds no state dict; looked at its top level and under teacher, model, state_dict")
-    return load_swin.timm_names(raw) if load_swin.is_swin(raw) else timm_names(raw)
-
-
-HEADS = ("head", "fc.", "projector", "prototypes", "srs", "mask_token", "decoder")
-
-
-def timm_names(raw: State) -> State:
-    """Prefixes off, heads off; `reg_token` holds registers, `cls_plus_token` UDI's second class token."""
-    state = {}
-    for name, value in raw.items():
-        for prefix in ("module.", "backbone.", "backbone.", "encoder.", "vit."):
-            name = name.removeprefix(prefix)
-        if not name.startswith(HEADS):
-            state[name] = value
-    for old, new in (
-        ("fc_norm.weight", "norm.weight"),
-        ("fc_norm.bias", "norm.bias"),
-        ("register_tokens", "reg_token"),
-    ):
-        if old in state:
-            state.setdefault(new, state.pop(old))
-    if "cls_token" in state and state["cls_token"].shape[1] == 2:
-        state["cls_token"], state["cls_plus_token"] = state["cls_token"].split(1, 1)
-    missing = [n for n in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight") if n not in state]
-    if missing:
-        raise UserError(f"not the state dict of a plain ViT or Swin: it lacks {', '.join(missing)}")
-    return state
-
-
-def _positions(state: State, prefix: int) -> tuple[Tensor, Tensor]:
-    """-> slots of prefix tokens (1, 0..prefix, D), square table of the patches (1, N, D)"""
-    table = state["pos_embed"]
-    cls = int("cls_token" in state)
-    for slots in (prefix, cls, 0):  # all prefix tokens have slots (timm), only the class token (DINOv2), or none
-        if round((table.shape[1] - slots) ** 0.5) ** 2 == table.shape[1] - slots:
-            return table[:, :slots], table[:, slots:]
-    raise UserError(f"a position table of {table.shape[1]} rows is no square grid beside {prefix} class tokens")
-
-
-def _registers(state: State) -> Tensor | None:
-    """class+ and registers side by side, the order of our encoders; taken out of the state."""
-    found = [state.pop(name) for name in ("cls_plus_token", "reg_token") if name in state]
-    return torch.cat(found, 1) if found else None
-
-
 def encoder_of(state: State, *, arch: str | None = None, heads: int | None = None) -> Encoder:
     """An encoder whose sizes are read off a timm-named state dict.  A ViT's heads cannot be: width/64 unless given."""
     swin_arch = arch in timm.list_models(module="swin_transformer")
@@ -222,10 +158,10 @@ def encoder_of(state: State, *, arch: str | None = None, heads: int | None = Non
     if swin_arch:
         raise UserError(f"--arch {arch}: these are a ViT's weights, not a Swin's")
     plus = int("cls_plus_token" in state)
-    registers = _registers(state)
+    registers = take_registers(state)
     kernel, cls = state["patch_embed.proj.weight"], int("cls_token" in state)
     extra = 0 if registers is None else registers.shape[1]
-    slots, table = _positions(state, cls + extra)
+    slots, table = split_positions(state, cls + extra)
     if slots.shape[1] not in (0, cls + extra):  # registers without positions: a slot of zeros is the same
         slots = torch.cat([slots, slots.new_zeros(1, extra, slots.shape[-1])], 1)
     if registers is not None:
@@ -295,9 +231,9 @@ def _state_of_ours(loaded: Encoder, encoder: Encoder, file: str) -> State:
 
 
 def _load_vit(encoder: ViT, state: State, file: str) -> None:
-    vit, registers = encoder.vit, _registers(state)
+    vit, registers = encoder.vit, take_registers(state)
     extra = 0 if registers is None else registers.shape[1]
-    slots, table = _positions(state, int("cls_token" in state) + extra)
+    slots, table = split_positions(state, int("cls_token" in state) + extra)
     ours = vit.state_dict()
     if registers is not None and "reg_token" in ours and registers.shape == ours["reg_token"].shape:
         state["reg_token"] = registers

@@ -39,7 +39,7 @@ class SwinConfig(BaseModel):
     drop_path: float = Field(default=0.0, ge=0, lt=1)  # stochastic depth of the last block; linear from 0; student only
     norm_eps: float = Field(default=1e-5, gt=0)  # ε of every layer norm: 1e-5 Swin and MoBY, 1e-6 iBOT
     init: Literal["dino", "xavier"] = "dino"  # linear weights: σ 0.02, which suits widths from 384; or Xavier-uniform
-    weights: str | None = None  # file to start from: a timm, official Swin, MoBY, iBOT or Triptych state dict
+    weights: str | None = None  # to start from: a run, an export, or a file of timm, official Swin, MoBY, iBOT
 
 
 class Swin(Encoder):

@@ -37,11 +37,10 @@ class ViTConfig(BaseModel):
     registers: int = Field(default=0, ge=0)
     drop_path: float = Field(default=0.0, ge=0, lt=1)  # stochastic depth of the last block; linear from 0; student only
     init: Init = "dino"  # linear weights σ 0.02, which suits widths from 384; or Xavier
-    # Learned, or fixed sines and cosines: MoCo v3's or MAE's, which differ in the order of channels.
-    position_table: Literal["learned", "sincos", "sincos_mae"] = "learned"
+    position_table: Literal["learned", "sincos", "sincos_mae"] = "learned"  # or fixed: MoCo v3's, MAE's
     freeze_patches: bool = False  # the patch projection keeps its random start (MoCo v3: training is stabler)
     positions: Literal["timm", "dino"] = "timm"  # how the position table is resampled for other grids
-    weights: str | None = None  # file to start from: a timm, DINO or Triptych state dict
+    weights: str | None = None  # to start from: a run, an export, or a file of timm, DINO, MAE, MSN or Triptych
 
 
 class ViT(Encoder):

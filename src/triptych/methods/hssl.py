@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from triptych.data.views import MaskSpec, Views, ViewSpec
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP, Prototypes, init_linear
-from triptych.losses import masked_cross_entropy, other_views, prototype_cross_entropy, teacher_probabilities, unit
+from triptych.losses import both_probabilities, masked_cross_entropy, other_views, prototype_cross_entropy, unit
 from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_copy, ema_update, unmasked
 from triptych.schedules import Progress, cosine, epoch_warmup
 from triptych.tokens import Tokens, TokenSpec
@@ -202,6 +202,6 @@ class HSSL(Method):
 
     def probabilities(self, q_s: Tensor, z_t: Tensor, t: Progress) -> tuple[Tensor, Tensor]:
         """(B, P), (B, P) -> (teacher, student) probabilities (B, K)."""
-        p_t = teacher_probabilities(unit(z_t), self.teacher.prototypes.weight, self.center, self.teacher_temp(t))
-        zero = torch.zeros_like(self.center)
-        return p_t, teacher_probabilities(unit(q_s), self.student.prototypes.weight, zero, self.config.student_temp)
+        w_t, w_s = self.teacher.prototypes.weight, self.student.prototypes.weight
+        temps = self.teacher_temp(t), self.config.student_temp
+        return both_probabilities(unit(z_t), w_t, unit(q_s), w_s, self.center, temps)

@@ -19,7 +19,7 @@ from triptych.data.corruption import HalfZeros
 from triptych.data.views import Views, ViewSpec
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP, PixelHead, Prototypes
-from triptych.losses import other_views, prototype_cross_entropy, teacher_probabilities, unit
+from triptych.losses import both_probabilities, other_views, prototype_cross_entropy, unit
 from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_copy, ema_update, pixel_error
 from triptych.schedules import Progress, cosine, epoch_warmup
 from triptych.tokens import Tokens
@@ -135,6 +135,6 @@ class MCSSL(Method):
 
     def probabilities(self, q_s: Tensor, z_t: Tensor, t: Progress) -> tuple[Tensor, Tensor]:
         """(B, P), (B, P) -> (teacher, student) probabilities (B, K)."""
-        p_t = teacher_probabilities(unit(z_t), self.teacher.prototypes.weight, self.center, self.teacher_temp(t))
-        zero = torch.zeros_like(self.center)
-        return p_t, teacher_probabilities(unit(q_s), self.student.prototypes.weight, zero, self.config.student_temp)
+        w_t, w_s = self.teacher.prototypes.weight, self.student.prototypes.weight
+        temps = self.teacher_temp(t), self.config.student_temp
+        return both_probabilities(unit(z_t), w_t, unit(q_s), w_s, self.center, temps)
