@@ -214,14 +214,12 @@ def _patch_parts(tower: Tower, x: Tokens, window: int, notes: list[str]) -> tupl
     elif hasattr(tower, "patch_projector"):  # MMC
         macs, _ = measure(lambda: tower.patch_projector(patches.flatten(0, 1)))
         return [Part(f"patch head on {patches.shape[1]} patches", macs, count(tower.patch_projector))], None
-    elif hasattr(tower, "patch_prototypes") and not tower.encoder.spec.mask:  # MC-SSL
-        pass
     elif tower.encoder.spec.mask:  # methods that hide patches project them
         notes.append(
             f"All {patches.shape[1]} patches are counted through head and prototypes, as the paper counts; here the "
             "student projects the masked ones only."
         )
-    else:
+    elif not hasattr(tower, "patch_prototypes"):  # MC-SSL projects all patches, others none
         return [], None
     macs, z_patch = measure(lambda: tower.projector(patches))
     return [*parts, Part(f"global head on {patches.shape[1]} patches", macs)], z_patch
