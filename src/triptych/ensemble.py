@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from triptych.encoders.base import Encoder
-from triptych.encoders.vit import attention
+from triptych.encoders.blocks import attention
 from triptych.heads import init_linear
 from triptych.losses import full_precision
 from triptych.tokens import AuxSees, Tokens, TokenSpec

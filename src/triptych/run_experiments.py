@@ -22,7 +22,7 @@ from triptych.methods import METHODS, Method
 from triptych.methods.base import Tower
 from triptych.recipe import of_source
 from triptych.schedules import Progress
-from triptych.train import seed_all
+from triptych.step import seed_all
 
 
 def eval_gradients(run: str, data: str, out: Path, *, weights: str, batches: int, seed: int) -> dict:

@@ -5,35 +5,33 @@ and started again with the same command ends with the same bits as one that neve
 kernels of its own that add in no fixed order.)
 """
 
-import random
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch.nn.parallel import DistributedDataParallel
 
 from triptych import checkpoint, distributed
 from triptych.data.batches import Batches, check_batch
-from triptych.data.loader import ViewDataset, close, make_loader
+from triptych.data import placement
+from triptych.data.loader import ViewDataset, close, default_workers, make_loader
 from triptych.data.sources import Source
 from triptych.data.views import Views
 from triptych.errors import Interrupted, NonFinite, UserError
 from triptych.health import measure
 from triptych.log import Metrics, ProgressLine, duration
-from triptych.methods import METHODS, Method, SupervisedConfig
+from triptych.methods import METHODS, SupervisedConfig
 from triptych.methods.base import Step
-from triptych.optim import clip_gradients, exempt, make_optimizer, set_rates
-from triptych.recipe import Recipe, build_method, of_source
-from triptych.run_folder import claim_folder
+from triptych.recipe import Recipe, of_source
+from triptych.run_folder import claim_folder, stored_colour
 from triptych.schedules import Progress
+from triptych.step import Stepper
 
 
 @dataclass
@@ -43,18 +41,6 @@ class TrainResult:
     seconds: float  # of this process, training only
     images_per_second: float
     unreadable: list[str] = field(default_factory=list)
-
-
-def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it fast, unless the recipe says otherwise."""
-    if recipe.precision == "auto":
-        fast = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if device.type == "cuda"
-            else torch.cpu._is_amx_tile_supported()
-        )
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
 
 
 def train(recipe: Recipe, source: Source, out: Path, console: Console | None = None) -> TrainResult:
@@ -77,28 +63,64 @@ def check_run(recipe: Recipe, source: Source) -> None:
         raise UserError(f"mixup pairs images, and a process has {each} of them: choose an even --batch")
 
 
+def settle_colour(
+    recipe: Recipe, source: Source, patch_size: int, device: torch.device, say: Callable[[str], None]
+) -> Recipe:
+    """The recipe with its `loader.colour` measured on this machine where it is "auto".  Raises UserError."""
+    spec = METHODS[type(recipe.method)].view_spec(recipe.method)
+    placement.check(recipe.loader.colour, recipe.views.colour, spec.corruption)
+    if recipe.loader.colour != "auto":
+        return recipe
+    dataset = ViewDataset(source, recipe.views, spec, patch_size, recipe.seed)
+    workers = default_workers() if recipe.loader.workers is None else recipe.loader.workers
+    place, why = distributed.from_main(lambda: placement.choose(dataset, device, workers))
+    say(f"colours are changed by the {place} ({why})")
+    return with_colour(recipe, place)
+
+
+def with_colour(recipe: Recipe, place: str) -> Recipe:
+    return recipe.model_copy(update={"loader": recipe.loader.model_copy(update={"colour": place})})
+
+
+def view_batches(
+    recipe: Recipe, source: Source, patch_size: int, device: torch.device, start: int = 0
+) -> Iterator[tuple[Views, list[str]]]:
+    """This process's views of every batch from optimiser step `start` on, and reasons of images that cannot be read."""
+    spec = METHODS[type(recipe.method)].view_spec(recipe.method)
+    on_device = recipe.loader.colour == "device"
+    dataset = ViewDataset(source, recipe.views, spec, patch_size, recipe.seed, colour_on_device=on_device)
+    world = distributed.rank(), distributed.world_size()
+    batches = Batches(len(source), recipe.batch, recipe.epochs, recipe.seed, recipe.accumulate, *world, start)
+    return iter(make_loader(dataset, batches, recipe.loader, pin=device.type == "cuda"))
+
+
+def next_batch(batches: Iterator[tuple[Views, list[str]]]) -> tuple[Views, list[str]]:
+    try:
+        return next(batches)
+    except UserError as error:  # from a worker it comes with that process's traceback around it
+        raise UserError(str(error).strip().split("UserError: ")[-1]) from None
+
+
 class Run:
     """One process's share of a run: the state that the loop needs, and its parts by name."""
 
     def __init__(self, recipe: Recipe, source: Source, out: Path, device: torch.device, console: Console):
         recipe = of_source(recipe, source)
-        self.recipe, self.source, self.out, self.device = recipe, source, out, device
-        self.dtype = autocast_dtype(recipe, device)
-        self.method = build_method(recipe).to(device)
-        self.optimizer = make_optimizer(self.method, recipe.optim)
-        free = exempt(self.method)
-        self.clipped = [p for p in self.method.parameters() if id(p) not in free]
+        self.source, self.out, self.device, self.console = source, out, device, console
+        self.stepper = Stepper(recipe, device)
+        self.method, self.optimizer = self.stepper.method, self.stepper.optimizer
+        if recipe.loader.colour == "auto" and (place := distributed.from_main(lambda: stored_colour(out))):
+            recipe = with_colour(recipe, place)  # of the run that goes on
+        self.recipe = recipe = settle_colour(recipe, source, self.method.encoder.patch_size, device, self._say)
         claim_folder(recipe, source, out)  # after what may refuse the recipe: a mistake leaves no folder behind
         self.steps_per_epoch = len(source) // recipe.batch
         self.total = recipe.epochs * self.steps_per_epoch
-        self.mean, self.std = (torch.tensor(x, device=device) for x in (recipe.views.mean, recipe.views.std))
         self.unreadable: dict[str, None] = {}  # in the order in which they were met
         self.start = self._resume()
-        self.model = self._distributed(self.method)
+        self.stepper.distribute()
         self.main = distributed.is_main()
         self.metrics = Metrics(out, self.start) if self.main else None
         self.progress = ProgressLine(console, enabled=self.main)
-        self.console = console
         self.pending: list[tuple[dict[str, Any], list[str], torch.Tensor]] = []
 
     @property
@@ -110,8 +132,7 @@ class Run:
             self._say(f"{self.out} is finished ({self.total} steps)")
             return TrainResult(self.out, self.total, 0.0, 0.0, list(self.unreadable))
         began, step = time.monotonic(), self.start
-        lr, weight_decay = self.recipe.optim.rates(self.recipe.batch)
-        batches = self._batches()
+        batches = view_batches(self.recipe, self.source, self.method.encoder.patch_size, self.device, self.start)
         if self.start:
             self._say(f"going on from step {self.start} of {self.total}")
         else:
@@ -120,7 +141,6 @@ class Run:
             with stop_signals() as stop:
                 for step in range(self.start, self.total):
                     t = Progress(step, self.total, self.steps_per_epoch)
-                    set_rates(self.optimizer, lr(t), weight_decay(t))
                     self._step(t, batches)
                     done = step + 1
                     if done % self.steps_per_epoch == 0:
@@ -141,37 +161,16 @@ class Run:
         return TrainResult(self.out, self.total, seconds, rate, list(self.unreadable))
 
     def _step(self, t: Progress, batches: Iterator) -> None:
-        """One optimiser step."""
-        recipe, waited, began, outs = self.recipe, 0.0, time.monotonic(), []
-        for part in range(recipe.accumulate):
-            asked = time.monotonic()
-            views, unreadable = self._next(batches)
-            waited += time.monotonic() - asked
-            self._note_unreadable(unreadable)
-            seed_all(hash((recipe.seed, t.step, part, distributed.rank())))
-            views = views.on_device(self.device, self.mean, self.std)
-            last = part == recipe.accumulate - 1
-            model = self.model
-            no_sync = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
-            with no_sync:
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    out = self.model(views, t)
-                (out.loss / recipe.accumulate).backward()
-            outs.append(Step(out.loss.detach(), {name: x.detach() for name, x in out.terms.items()}, out.carry))
-        self.method.after_backward(t)
-        if recipe.optim.clip is not None:
-            clip_gradients(self.clipped, recipe.optim.clip, recipe.optim.clipping)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.update([out.carry for out in outs], t)
-        self.last_views = views
-        self._log(t, outs, waited, time.monotonic() - began)
+        """One optimiser step, and its row."""
+        began = time.monotonic()
+        done = self.stepper(t, lambda: self._next_views(batches))
+        self.last_views = done.views
+        self._log(t, done.outs, done.waited, time.monotonic() - began)
 
-    def _next(self, batches: Iterator) -> tuple[Views, list[str]]:
-        try:
-            return next(batches)
-        except UserError as error:  # from a worker it comes with that process's traceback around it
-            raise UserError(str(error).strip().split("UserError: ")[-1]) from None
+    def _next_views(self, batches: Iterator) -> Views:
+        views, unreadable = next_batch(batches)
+        self._note_unreadable(unreadable)
+        return views
 
     def _log(self, t: Progress, outs: list[Step], waited: float, seconds: float) -> None:
         """Means over the accumulated parts.  They stay on the device and are read in blocks: no wait for the GPU."""
@@ -204,7 +203,8 @@ class Run:
         losses = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
         self.progress.show(
             f"epoch {row['epoch']:.2f}/{self.recipe.epochs}  step {row['step'] + 1}/{self.total}  {losses}  "
-            f"{row['images_per_second']:.1f} images/s  data wait {row['data_wait']:.0%}  left {duration(left)}"
+            f"{row['images_per_second']:.1f} images/s  data wait {row['data_wait']:.0%}  "
+            f"colour on {self.recipe.loader.colour}  left {duration(left)}"
         )
 
     def _epoch_end(self, done: int, t: Progress) -> None:
@@ -215,7 +215,7 @@ class Run:
         self._check_weights(done)
         if not health.every or epoch % health.every or not self.main:
             return
-        row = measure(self.method, self.source, self.recipe, self.last_views, t, self.device, self.dtype)
+        row = measure(self.method, self.source, self.recipe, self.last_views, t, self.device, self.stepper.dtype)
         if self.metrics:
             self.metrics.write({"step": t.step, **{f"health/{name}": value for name, value in row.items()}})
             self.metrics.flush()
@@ -261,28 +261,6 @@ class Run:
         self.unreadable = dict.fromkeys(state["unreadable"])
         return state["step"]
 
-    def _distributed(self, method: Method) -> torch.nn.Module:
-        if distributed.world_size() == 1:
-            return method
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(method, device_ids=devices, broadcast_buffers=False)
-
-    def _batches(self) -> Iterator[tuple[Views, list[str]]]:
-        r = self.recipe
-        spec = METHODS[type(r.method)].view_spec(r.method)
-        dataset = ViewDataset(self.source, r.views, spec, self.method.encoder.patch_size, r.seed)
-        batches = Batches(
-            len(self.source),
-            r.batch,
-            r.epochs,
-            r.seed,
-            r.accumulate,
-            distributed.rank(),
-            distributed.world_size(),
-            self.start,
-        )
-        return iter(make_loader(dataset, batches, r.loader, pin=self.device.type == "cuda"))
-
     def _stopped(self, stop: list[int]) -> bool:
         """Has any process been asked to stop?  All must agree, or one would wait for the others for ever."""
         if distributed.world_size() == 1:
@@ -316,13 +294,6 @@ class Run:
     def _say(self, text: str) -> None:
         if distributed.is_main():
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def seed_all(seed: int) -> None:
-    """Every generator that a method may draw from (timm's mixup uses numpy's, its random erasing Python's)."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
 
 
 @contextmanager

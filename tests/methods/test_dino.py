@@ -23,7 +23,7 @@ def make(config=SMALL, **options):
 def test_the_loss_is_equation_3_written_as_loops():
     method, views, t = make(), random_views(3), Progress(0, 10)
     method.center.uniform_(-0.3, 0.3)
-    S, T = method.encode(views, t)
+    S, T = method.encode(views, t, patches=True)
     z_s, z_t = method.student.project(S), method.teacher.project(T)
     g_s, g_t = method.student.prototypes(z_s), method.teacher.prototypes(z_t)
     pairs = []

@@ -130,7 +130,7 @@ def test_losses_gradients_and_centres_equal_the_authors(golden):
 
 def test_the_student_sees_corrupted_crops_and_the_teacher_clean_ones():
     method, views = make(), random_views(3)
-    S, T = method.encode(views, T0)
+    S, T = method.encode(views, T0, patches=True)
     assert [len(S), len(T)] == [4, 2]
     for v, s, t in zip(views.global_crops, S, T, strict=False):
         close(s.cls, method.student.encoder(v.corrupted).cls)
@@ -157,7 +157,7 @@ def test_all_patches_are_scored_not_only_the_corrupted_ones():
     ours, without = (method(Views(crops, views.local_crops), T0).terms for crops in (views.global_crops, whole))
     assert torch.equal(ours["patch"], without["patch"])
     assert without["pixels"] == 0
-    S, T = method.encode(views, T0)
+    S, T = method.encode(views, T0, patches=True)
     for x in S[:2]:
         x.patch.retain_grad()
     method.other_losses(S, T, method.teacher.project(T), Views(whole, []), T0).terms["patch"].backward()
@@ -230,7 +230,7 @@ def test_mte_wraps_it():
     method = build(tiny_encoder(MTE.token_spec(config)), config).double()
     views = random_views(3)
     with torch.no_grad():
-        S, T = method.base.encode(views, T0)
+        S, T = method.base.encode(views, T0, patches=True)
         z_a, z_t = method.student_ensemble(S), method.teacher_ensemble(T)
         step, alone = method(views, T0), method.base(views, T0)
         logits = method.teacher.prototypes(z_t).mean((0, 1))

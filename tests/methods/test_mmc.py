@@ -186,7 +186,7 @@ def test_local_crops_meet_both_global_crops(who):
 
 def test_the_student_sees_what_is_corrupted_and_the_teacher_what_is_not():
     method, views = make(), random_views(3)
-    S, T = method.encode(views, T0)
+    S, T = method.encode(views, T0, patches=True)
     for v, s, t in zip(views.global_crops, S, T, strict=False):
         torch.testing.assert_close(s.cls, method.student.encoder(v.corrupted).cls, rtol=0, atol=1e-12)
         torch.testing.assert_close(t.cls, method.teacher.encoder(v.images).cls, rtol=0, atol=1e-12)
@@ -203,10 +203,11 @@ def test_every_combination_of_losses_trains_all_that_it_has(weights):
     names = [n for n, w in zip(("pixels", "patch", "class"), weights, strict=True) if w]
     assert set(out.terms) == set(names)
     ran = []
-    for module in (method.teacher.encoder, method.student.projector, method.teacher.projector):
+    teacher = method.teacher.encoder.vit.norm  # of every pass through the encoder
+    for module in (teacher, method.student.projector, method.teacher.projector):
         module.register_forward_hook(lambda m, *_: ran.append(m))
     method(views, T0)
-    assert (method.teacher.encoder in ran) == bool(weights[1] or weights[2])  # and what is left out costs nothing
+    assert (teacher in ran) == bool(weights[1] or weights[2])  # and what is left out costs nothing
     assert (method.student.projector in ran) == (method.teacher.projector in ran) == bool(weights[2])
     scaled = [w * out.terms[n] for n, w in zip(("pixels", "patch", "class"), weights, strict=True) if w]
     torch.testing.assert_close(out.loss, sum(scaled))

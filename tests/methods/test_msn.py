@@ -163,7 +163,7 @@ def test_me_max_is_0_for_a_uniform_mean_and_ln_k_for_a_collapsed_one():
 
 def test_the_gradient_reaches_encoder_and_prototypes_through_anchors_only():
     method, views = make(), random_views(3)
-    S, T = method.encode(views, T0)
+    S, T = method.encode(views, T0, patches=True)
     z_s, z_t = method.student.project(S), method.teacher.project(T)
     assert z_s.requires_grad
     assert not z_t.requires_grad
@@ -197,7 +197,7 @@ def test_prototypes_are_neither_decayed_nor_clipped():
 
 def test_the_target_is_whole_and_the_anchor_sees_its_kept_patches_only():
     method, views = make(), random_views(3)
-    S, T = method.encode(views, T0)
+    S, T = method.encode(views, T0, patches=True)
     (target, anchor), local = views.global_crops, views.local_crops
     assert (len(S), len(T)) == (3, 1)
     torch.testing.assert_close(T[0].cls, method.teacher.encoder(target.images).cls, rtol=0, atol=1e-12)
@@ -250,7 +250,7 @@ def test_extreme_temperatures_stay_finite_in_single_precision(options):
     assert out.loss.isfinite()
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
     with torch.no_grad():
-        targets = method.targets(method.teacher.project(method.encode(views, T0)[1])[0])
+        targets = method.targets(method.teacher.project(method.encode(views, T0, patches=True)[1])[0])
     torch.testing.assert_close(targets.sum(-1), torch.ones(3))
 
 

@@ -66,7 +66,7 @@ def fused(ensemble, tokens):
 
 def embeddings(method, views):
     """Student's (z_a, z_g) and the teacher's z_a."""
-    S, T = method.base.encode(views, Progress(7, 20, 5))
+    S, T = method.base.encode(views, Progress(7, 20, 5), patches=True)
     z_g = torch.stack([method.student.projector(x.global_token) for x in S])
     return fused(method.student_ensemble, S), z_g, fused(method.teacher_ensemble, T)
 
@@ -168,7 +168,7 @@ def test_the_patch_centre_is_the_bases():
     method, views = make(IBOT), random_views(3)
     before = method.base.patch_center.clone()
     with torch.no_grad():
-        patches = torch.stack([x.patch for x in method.base.encode(views, T)[1]])
+        patches = torch.stack([x.patch for x in method.base.encode(views, T, patches=True)[1]])
         logits = method.teacher.prototypes(method.teacher.projector(patches))
     method.update([method(views, T).carry], T)
     close(method.base.patch_center, 0.9 * before + 0.1 * logits.mean((0, 1, 2)))

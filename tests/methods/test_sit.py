@@ -79,7 +79,7 @@ def test_embeddings_that_are_alike_cost_4_tau_ln_b():
 
 def test_the_student_sees_corrupted_crops_and_the_teacher_clean_ones():
     method, views = make(), random_views(3, n_local=0)
-    S, T = method.encode(views, T0)
+    S, T = method.encode(views, T0, patches=True)
     assert len(S) == len(T) == 2
     for v, s, t in zip(views.global_crops, S, T, strict=True):
         torch.testing.assert_close(s.cls, method.student.encoder(v.corrupted).cls, rtol=0, atol=1e-12)
@@ -89,7 +89,7 @@ def test_the_student_sees_corrupted_crops_and_the_teacher_clean_ones():
 def test_what_is_kept_is_not_reconstructed():
     """The error is of replaced pixels: another image under the kept ones changes the targets of nothing."""
     method, views = make(), random_views(3, n_local=0)
-    S, T = method.encode(views, T0)
+    S, T = method.encode(views, T0, patches=True)
 
     def pixels(at_replaced: bool) -> torch.Tensor:
         crops = []
@@ -149,7 +149,7 @@ def test_mte_wraps_it():
     config = MTEConfig(base=SiTConfig(**SMALL, weight_pixels=3.0), aux=2, pooled=2, pool_kernel=3)
     method = build(tiny_encoder(MTE.token_spec(config)), config).double()
     views = random_views(3, n_local=0)
-    S, T = method.base.encode(views, T0)
+    S, T = method.base.encode(views, T0, patches=True)
     z_a, z_t = method.student_ensemble(S), method.teacher_ensemble(T)
     step = method(views, T0)
     assert set(step.terms) == {"ensemble", "distill", "pixels"}

@@ -14,7 +14,10 @@ class ToyEncoder(nn.Module):
         super().__init__()
         self.body, self.width = nn.Linear(features, width), width
 
-    def forward(self, images, mask=None):
+    def many(self, inputs, mixed=()):
+        return [self(crops.images) for crops in inputs]
+
+    def forward(self, images):
         cls = self.body(images.flatten(1)).tanh()
         return Tokens(patch=cls[:, None], patch_raw=cls[:, None], grid=None, cls=cls)
 

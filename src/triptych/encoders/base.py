@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, Self, cast
 
 import torch
@@ -15,6 +15,18 @@ from triptych.tokens import Tokens, TokenSpec
 EMBEDDING = ("cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre")  # names in a timm model
 
 
+@dataclass(frozen=True)
+class Crops:
+    """Images of one size for an encoder."""
+
+    images: Tensor  # (B, 3, H, W)
+    mask: Tensor | None = None  # (B, N) bool, True = replaced by the mask token
+    keep: Tensor | None = None  # (B, n) int64: the patches that enter the encoder
+    # Are patches wanted after the last block?  Without them it gives (B, 0, D) and saves nearly all its work.  An
+    # encoder without class token needs them in any case.
+    patches: bool = True
+
+
 class Encoder(nn.Module, ABC):
     """images (B, 3, H, W) -> Tokens.  H and W are any multiples of `patch_size`."""
 
@@ -22,6 +34,11 @@ class Encoder(nn.Module, ABC):
     positions: str  # beside the weights, what decides the tokens: part of the key of cached features
     mask_token: nn.Parameter | None
     aux_tokens: nn.Parameter | None
+    checkpoint = False  # of the config: activations of blocks are computed again in the backward pass
+
+    def recomputes(self, block: nn.Module) -> bool:
+        """Is this block to be checkpointed?  Not a frozen one, which keeps nothing."""
+        return self.checkpoint and torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
 
     @property
     @abstractmethod
@@ -68,26 +85,40 @@ class Encoder(nn.Module, ABC):
             yield p, of_block.get(id(p), self.depth + 1)
 
     @abstractmethod
+    def run(self, inputs: Sequence[Crops], blocks: Sequence[int]) -> list[list[Tokens]]:
+        """For every input the tokens after each of the given blocks (0-based, negative from the end)."""
+
+    def many(self, inputs: Sequence[Crops], mixed: Sequence[int] = ()) -> list[Tokens]:
+        """The final tokens of every input, in one pass.
+
+        mixed: blocks, counted from 1 as in papers, whose mean patches go through the final norm into Tokens.mixed.
+        Raises UserError as `check_blocks`.
+        """
+        self.check_blocks(mixed)
+        runs = self.run(inputs, [*(b - 1 for b in mixed), self.depth - 1])
+        if not mixed:
+            return [last for (last,) in runs]
+        norm = cast(nn.Module, self.trunk.norm)
+        return [
+            replace(last, mixed=norm(torch.stack([x.patch_raw for x in taps]).mean(0))) if crops.patches else last
+            for crops, (*taps, last) in zip(inputs, runs, strict=True)
+        ]
+
     def layers(
         self, images: Tensor, blocks: Sequence[int], mask: Tensor | None = None, keep: Tensor | None = None
     ) -> list[Tokens]:
         """The tokens after each of the given blocks (0-based, negative from the end)."""
+        return self.run([Crops(images, mask, keep)], blocks)[0]
 
     def forward(self, images: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tokens:
-        """mask (B, N) bool, True = replaced by the mask token; keep (B, n) int64 = patches that enter the encoder."""
-        return self.layers(images, [self.depth - 1], mask, keep)[0]
+        """The tokens after the last block; arguments as of `Crops`."""
+        return self.many([Crops(images, mask, keep)])[0]
 
     def mixed(
         self, images: Tensor, blocks: Sequence[int], mask: Tensor | None = None, keep: Tensor | None = None
     ) -> Tokens:
-        """`forward`, and in Tokens.mixed the mean of the patches after the given blocks, through the final norm.
-
-        blocks: counted from 1, as in papers.  Raises UserError as `check_blocks`.
-        """
-        self.check_blocks(blocks)
-        *taps, last = self.layers(images, [*(b - 1 for b in blocks), self.depth - 1], mask, keep)
-        norm = cast(nn.Module, self.trunk.norm)
-        return replace(last, mixed=norm(torch.stack([x.patch_raw for x in taps]).mean(0)))
+        """`many` of one input with Tokens.mixed."""
+        return self.many([Crops(images, mask, keep)], blocks)[0]
 
     def check_blocks(self, blocks: Sequence[int]) -> None:
         """Raises UserError for blocks, counted from 1, that are not there or whose patches have another size."""

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from timm.layers import PatchEmbed
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage, WindowAttention
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from triptych.encoders.base import Encoder
+from triptych.encoders.base import Crops, Encoder
 from triptych.encoders.windows import Pair, attention_of, run_block
 from triptych.errors import UserError, nearest
 from triptych.heads import init_linear
@@ -37,6 +38,7 @@ class SwinConfig(BaseModel):
     depths: tuple[int, ...] | None = None  # blocks of each stage
     heads: tuple[int, ...] | None = None  # of each stage
     drop_path: float = Field(default=0.0, ge=0, lt=1)  # stochastic depth of the last block; linear from 0; student only
+    checkpoint: bool = False  # compute activations again in the backward pass: less memory, about a third more time
     norm_eps: float = Field(default=1e-5, gt=0)  # ε of every layer norm: 1e-5 Swin and MoBY, 1e-6 iBOT
     init: Literal["dino", "xavier"] = "dino"  # linear weights: σ 0.02, which suits widths from 384; or Xavier-uniform
     weights: str | None = None  # to start from: a run, an export, or a file of timm, official Swin, MoBY, iBOT
@@ -104,20 +106,21 @@ class Swin(Encoder):
         """Embedded patches per side of a final token."""
         return 2 ** (len(self.stages) - 1)
 
-    def layers(
-        self, images: Tensor, blocks: Sequence[int], mask: Tensor | None = None, keep: Tensor | None = None
-    ) -> list[Tokens]:
+    def run(self, inputs: Sequence[Crops], blocks: Sequence[int]) -> list[list[Tokens]]:
         """The tokens after each of the given blocks (0-based, negative from the end), on the grid of its stage.
 
         The final norm has the last stage's width: blocks of earlier stages give patch = patch_raw, as in iBOT.
         """
-        if keep is not None:
+        return [self._run(crops, blocks) for crops in inputs]
+
+    def _run(self, crops: Crops, blocks: Sequence[int]) -> list[Tokens]:
+        if crops.keep is not None:
             raise UserError("a Swin cannot leave out patches, its windows need whole grids: use a ViT, or mask instead")
         wanted = [b % self.depth for b in blocks]
-        x = self._embed(images, mask)
+        x = self._embed(crops.images, crops.mask)
         taps = {}
         for i, (block, merge, is_last_stage) in enumerate(self._schedule()):
-            x = run_block(block, x if merge is None else merge(x))
+            x = self._block(block, x if merge is None else merge(x))
             if i in wanted:
                 raw = x.flatten(1, 2)
                 patch = self.swin.norm(raw) if is_last_stage else raw
@@ -125,6 +128,11 @@ class Swin(Encoder):
             if i == max(wanted):
                 break
         return [taps[b] for b in wanted]
+
+    def _block(self, block: SwinTransformerBlock, x: Tensor) -> Tensor:
+        if self.recomputes(block):
+            return cast(Tensor, checkpoint(run_block, block, x, use_reentrant=False))
+        return run_block(block, x)
 
     def check_blocks(self, blocks: Sequence[int]) -> None:
         super().check_blocks(blocks)
@@ -289,5 +297,6 @@ def build(config: SwinConfig, spec: TokenSpec, image_size: int | None = None) ->
         raise UserError(f"timm cannot build {config.arch} with {options}: {error}") from error
     set_norm_eps(cast(SwinTransformer, swin), config.norm_eps)
     encoder = Swin(swin, spec)  # type: ignore[arg-type]
+    encoder.checkpoint = config.checkpoint
     init_encoder(encoder, config.init)
     return encoder

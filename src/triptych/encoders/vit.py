@@ -15,8 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from timm.layers import Attention, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from triptych.encoders.base import Encoder
+from triptych.encoders.base import Crops, Encoder
+from triptych.encoders.blocks import Stream, packed, queries_and_keys, run_block
 from triptych.encoders.vit_init import Init, fix_positions, init_vit
 from triptych.errors import UserError, nearest
 from triptych.tokens import Tokens, TokenSpec
@@ -36,6 +38,8 @@ class ViTConfig(BaseModel):
     heads: int | None = Field(default=None, ge=1)
     registers: int = Field(default=0, ge=0)
     drop_path: float = Field(default=0.0, ge=0, lt=1)  # stochastic depth of the last block; linear from 0; student only
+    drop_path_skips: bool = False  # leave a fixed share of the images out of the work (DINOv2), instead of zeroing it
+    checkpoint: bool = False  # compute activations again in the backward pass: less memory, about a third more time
     init: Init = "dino"  # linear weights σ 0.02, which suits widths from 384; or Xavier
     position_table: Literal["learned", "sincos", "sincos_mae"] = "learned"  # or fixed: MoCo v3's, MAE's
     freeze_patches: bool = False  # the patch projection keeps its random start (MoCo v3: training is stabler)
@@ -50,6 +54,7 @@ class ViT(Encoder):
         super().__init__()
         _check_plain(vit)
         self.vit, self.spec, self.positions = vit, spec, positions
+        self.skip = False  # `ViTConfig.drop_path_skips`
         width = self.width
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.mask else None
         self.aux_tokens = nn.Parameter(torch.empty(1, spec.aux, width)) if spec.aux else None
@@ -77,7 +82,7 @@ class ViT(Encoder):
 
     @property
     def heads(self) -> int:
-        return _attn(self.blocks[0]).num_heads
+        return cast(Attention, self.blocks[0].attn).num_heads
 
     @property
     def patch_size(self) -> int:
@@ -92,28 +97,27 @@ class ViT(Encoder):
     def native_size(self) -> tuple[int, int]:
         return self.vit.patch_embed.img_size
 
-    def layers(
-        self, images: Tensor, blocks: Sequence[int], mask: Tensor | None = None, keep: Tensor | None = None
-    ) -> list[Tokens]:
-        """The tokens after each of the given blocks (0-based, negative from the end), each through the final norm."""
+    def run(self, inputs: Sequence[Crops], blocks: Sequence[int]) -> list[list[Tokens]]:
         wanted = [b % self.depth for b in blocks]
-        x, aux, grid = self._embed(images, mask, keep)
-        taps = {}
-        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
-            x, aux = self._run(block, x, aux)
+        last, taps = max(wanted), {}
+        x, grids = self._embed(inputs)
+        # An encoder whose private tokens are not private must go on with all.
+        whole = [c.patches or not self.spec.cls or self._uncut for c in inputs]
+        queries = [None if w else self.prefix for w in whole]
+        for i, block in enumerate(self.blocks[: last + 1]):
+            x = self._run(block, x, queries if i == last else ())
             if i in wanted:
-                taps[i] = self._roles(x, aux, grid)
-        return [taps[b] for b in wanted]
+                taps[i] = self._roles(x, grids)
+        return [[taps[b][i] for b in wanted] for i in range(len(inputs))]
 
     def last_attention(self, images: Tensor) -> Tensor:
         """(B, heads, T, T): attention of the last block; T = prefix tokens (class, class+, registers), then patches."""
-        x, aux, _ = self._embed(images, None, None)
+        x, _ = self._embed([Crops(images)])
         for block in self.blocks[:-1]:
-            x, aux = self._run(block, x, aux)
-        last = self.blocks[-1]
-        attn = _attn(last)
-        q, k, _ = _heads_of(attn, last.norm1(x))
-        return (q @ k.transpose(-2, -1) * attn.scale).softmax(-1)
+            x = self._run(block, x)
+        q, k = queries_and_keys(self.blocks[-1], x)[0]
+        n = x.shapes[0][1] - (x.count if self._uncut else 0)
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)[:, :, :n, :n]
 
     def timm_arguments(self) -> tuple[str, dict]:
         vit, block = self.vit, self.blocks[0]
@@ -141,38 +145,49 @@ class ViT(Encoder):
         single = [t[:, None] for t in (tokens.cls, tokens.cls_plus) if t is not None]
         return torch.cat([*single, *([tokens.register] if tokens.register is not None else []), tokens.patch], 1)
 
-    def _embed(self, images: Tensor, mask: Tensor | None, keep: Tensor | None):
-        """-> base tokens (B, T, D) = prefix then patches, private tokens (B, A, D) or None, grid or None"""
-        vit, grid = self.vit, self.grid(*images.shape[-2:])
-        x = vit.patch_embed.norm(vit.patch_embed.proj(images).flatten(2).transpose(1, 2))
-        if mask is not None:
+    @property
+    def _uncut(self) -> bool:
+        """Do private tokens lie among the base's (an ablation)?"""
+        return self.aux_tokens is not None and self.spec.aux_sees == "uncut"
+
+    def _embed(self, inputs: Sequence[Crops]) -> tuple[Stream, list[tuple[int, int] | None]]:
+        """Tokens of every crop, prefix before patches; grids of those that kept all their patches."""
+        parts, grids = zip(*(self._embedded(c) for c in inputs), strict=True)
+        shapes, rows = [x.shape[:2] for x in parts], packed(parts)
+        if self.aux_tokens is None:
+            return Stream(rows, shapes), list(grids)
+        count = self.aux_tokens.shape[1]
+        if self._uncut:
+            own = [self.aux_tokens.expand(len(x), -1, -1).to(x.dtype) for x in parts]
+            joined = [torch.cat(pair, 1) for pair in zip(parts, own, strict=True)]
+            return Stream(packed(joined), [x.shape[:2] for x in joined], None, count), list(grids)
+        aux = self.aux_tokens.expand(sum(b for b, _ in shapes), -1, -1).flatten(0, 1).to(rows.dtype)
+        return Stream(rows, shapes, aux, count), list(grids)
+
+    def _embedded(self, crops: Crops) -> tuple[Tensor, tuple[int, int] | None]:
+        """(B, T, D) of crops of one size, and their grid."""
+        vit, grid = self.vit, self.grid(*crops.images.shape[-2:])
+        x = vit.patch_embed.norm(vit.patch_embed.proj(crops.images).flatten(2).transpose(1, 2))
+        if crops.mask is not None:
             assert self.mask_token is not None, "this encoder was built without a mask token"
-            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+            x = torch.where(crops.mask[..., None], self.mask_token.to(x.dtype), x)
         position, prefix = self._positions(grid)
         x = x + position
-        if keep is not None:
-            x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+        if crops.keep is not None:
+            x = x.gather(1, crops.keep[..., None].expand(-1, -1, x.shape[-1]))
         x = torch.cat([prefix.expand(len(x), -1, -1).to(x.dtype), x], 1)
-        x = vit.norm_pre(vit.pos_drop(x))
-        aux = None if self.aux_tokens is None else self.aux_tokens.expand(len(x), -1, -1).to(x.dtype)
-        return x, aux, grid if keep is None else None
+        return vit.norm_pre(vit.pos_drop(x)), grid if crops.keep is None else None
 
-    def _run(self, block: Block, x: Tensor, aux: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """One block.  Base tokens x attend to base tokens, private tokens aux to what TokenSpec.aux_sees says.
+    def _run(self, block: Block, x: Stream, queries: Sequence[int | None] = ()) -> Stream:
+        """One block; under `checkpoint` its activations are computed again in the backward pass instead of kept."""
 
-        The two streams never share a tensor on the base side: the base stream runs the very calls that it would run
-        without private tokens, and so gives the same bits, whatever the private tokens hold.
-        """
-        if aux is not None and self.spec.aux_sees == "uncut":
-            joint, _ = self._run(block, torch.cat([x, aux], 1), None)
-            return joint[:, : x.shape[1]], joint[:, x.shape[1] :]
-        attn, y = _attn(block), block.norm1(x)
-        q, k, v = _heads_of(attn, y)
-        if aux is not None:
-            first = 0 if self.spec.aux_sees == "all" else self.prefix
-            groups = aux.split(1, 1) if self.spec.aux_sees == "patches" else [aux]
-            aux = torch.cat([_run_private(block, group, k[:, :, first:], v[:, :, first:]) for group in groups], 1)
-        return _rest_of_block(block, x, _attend(attn, y, q, k, v)), aux
+        def run(rows: Tensor, aux: Tensor | None) -> Stream:
+            of = Stream(rows, x.shapes, aux, x.count)
+            return run_block(block, of, self.spec.aux_sees, self.prefix, queries, skip=self.skip)
+
+        if self.recomputes(block):
+            return cast(Stream, checkpoint(run, x.rows, x.aux, use_reentrant=False))
+        return run(x.rows, x.aux)
 
     def _positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Position table of the patches on this grid (1, N, D), prefix tokens with their own slots added (1, p, D)."""
@@ -193,9 +208,17 @@ class ViT(Encoder):
                 table = _resample_dino(table, native, grid)
         return table, prefix
 
-    def _roles(self, x: Tensor, aux: Tensor | None, grid: tuple[int, int] | None) -> Tokens:
+    def _roles(self, x: Stream, grids: list[tuple[int, int] | None]) -> list[Tokens]:
+        """The tokens of every size by role, through the final norm."""
+        normed = Stream(self.vit.norm(x.rows), x.shapes, None if x.aux is None else self.vit.norm(x.aux), x.count)
+        rows = zip(x.base(), normed.base(), x.private(), normed.private(), grids, strict=True)
+        return [self._role(*row) for row in rows]
+
+    def _role(self, x: Tensor, y: Tensor, aux_raw: Tensor | None, aux: Tensor | None, grid) -> Tokens:
         spec, p = self.spec, self.prefix
-        y = self.vit.norm(x)
+        if self._uncut:
+            own = cast(nn.Parameter, self.aux_tokens).shape[1]
+            (x, aux_raw), (y, aux) = (t.split([t.shape[1] - own, own], 1) for t in (x, y))
         return Tokens(
             patch=y[:, p:],
             patch_raw=x[:, p:],
@@ -203,8 +226,8 @@ class ViT(Encoder):
             cls=y[:, 0] if spec.cls else None,
             cls_plus=y[:, spec.cls] if spec.cls_plus else None,
             register=y[:, spec.cls + spec.cls_plus : p] if spec.register else None,
-            aux=None if aux is None else self.vit.norm(aux),
-            aux_raw=aux,
+            aux=aux,
+            aux_raw=aux_raw,
         )
 
 
@@ -214,51 +237,11 @@ def _check_plain(vit: nn.Module) -> None:
         raise UserError(f"{type(vit).__name__} is not a plain ViT: use a timm model made of VisionTransformer's Block")
 
 
-def _attn(block: Block) -> Attention:
-    """A block's attention, which timm types as any module; `_check_plain` made sure."""
-    return cast(Attention, block.attn)
-
-
 def _resample_dino(table: Tensor, native: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """DINO's resampling: bicubic by the *factor* (n + 0.1)/native, which shifts the sampling grid slightly."""
     image = table.transpose(1, 2).unflatten(2, native)
     factor = tuple((n + 0.1) / m for n, m in zip(grid, native, strict=True))
     return F.interpolate(image, scale_factor=factor, mode="bicubic").flatten(2).transpose(1, 2)
-
-
-def _heads_of(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys, values, each (B, heads, T, D/heads)."""
-    q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-    return attn.q_norm(q), attn.k_norm(k), v
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(q kᵀ/√d) v.  (B, heads, T, d), (B, heads, T', d) -> (B, heads, T, d)"""
-    half_on_cpu = q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad and not dropout
-    if half_on_cpu:  # the fused kernel's backward is 2-12 times slower there (measured with torch 2.15)
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        return scores.softmax(-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-
-
-def _attend(attn: Attention, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    y = attention(q, k, v, attn.attn_drop.p if attn.training else 0.0)
-    y = attn.norm(y.transpose(1, 2).flatten(2))
-    if attn.gate is not None:
-        y = y * attn.gate(x).sigmoid()
-    return attn.proj_drop(attn.proj(y))
-
-
-def _run_private(block: Block, aux: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The block's output for private tokens (B, A, D), which attend to the given keys and to one another."""
-    attn, y = _attn(block), block.norm1(aux)
-    q, k_a, v_a = _heads_of(attn, y)
-    return _rest_of_block(block, aux, _attend(attn, y, q, torch.cat([k, k_a], 2), torch.cat([v, v_a], 2)))
-
-
-def _rest_of_block(block: Block, x: Tensor, update: Tensor) -> Tensor:
-    x = x + block.drop_path1(block.ls1(update))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 def build(config: ViTConfig, spec: TokenSpec, image_size: int | None = None) -> ViT:
@@ -293,6 +276,7 @@ def build(config: ViTConfig, spec: TokenSpec, image_size: int | None = None) -> 
         raise UserError(f"timm cannot build {config.arch} with {options}: {error}") from error
     encoder = ViT(vit, spec, config.positions)  # type: ignore[arg-type]
     init_vit(encoder.vit, config.init)
+    encoder.checkpoint, encoder.skip = config.checkpoint, config.drop_path_skips
     if config.freeze_patches:
         encoder.vit.patch_embed.proj.requires_grad_(False)
     if config.position_table != "learned":

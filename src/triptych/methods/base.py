@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from triptych.data.views import View, Views, ViewSpec
 from triptych.distributed import all_mean
-from triptych.encoders.base import Encoder
+from triptych.encoders.base import Crops, Encoder
 from triptych.heads import MLP, PixelHead
 from triptych.losses import masked_error
 from triptych.schedules import Progress
+from triptych.spans import span
 from triptych.tokens import Tokens, TokenSpec
 
 Carry = dict[str, Tensor]
@@ -93,22 +94,35 @@ class Tower(nn.Module):
         for name, module in more.items():
             self.add_module(name, module)
 
-    def encode(self, views: list[View], *, see: See = "whole", mixed: Sequence[int] = ()) -> list[Tokens]:
-        """One Tokens per view; views of one size share an encoder call.
+    def encode(
+        self,
+        views: list[View],
+        *,
+        see: See = "whole",
+        mixed: Sequence[int] = (),
+        patches: bool | Sequence[bool] = True,
+    ) -> list[Tokens]:
+        """One Tokens per view, of one pass through the encoder.
 
         see: of views that have something hidden, the "whole" images, those with "masked" patches replaced by the mask
-        token, the "kept" patches only, or the "corrupted" images.  mixed: blocks of `Encoder.mixed`.
+        token, the "kept" patches only, or the "corrupted" images.  mixed: blocks of `Encoder.many`.  patches: of all
+        or of each view, are they wanted?  (`Crops.patches`)
         """
         name = {"masked": "mask", "kept": "keep"}.get(see, "")  # of View, and of the encoder's argument
         hidden = [getattr(v, name, None) for v in views]
-        kinds = [(v.images.shape[-2:], h is not None) for v, h in zip(views, hidden, strict=True)]
-        out: dict[int, Tokens] = {}
-        for kind in dict.fromkeys(kinds):
-            at = [i for i, k in enumerate(kinds) if k == kind]
+        wanted = [patches] * len(views) if isinstance(patches, bool) else patches
+        kinds = [(v.images.shape[-2:], h is not None, w) for v, h, w in zip(views, hidden, wanted, strict=True)]
+        groups = [[i for i, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)]
+        crops = []
+        for at in groups:
             images = torch.cat([seen(views[i]) if see == "corrupted" else views[i].images for i in at])
-            more = {name: torch.cat([cast(Tensor, hidden[i]) for i in at])} if kind[1] else {}
-            tokens = self.encoder.mixed(images, mixed, **more) if mixed else self.encoder(images, **more)
-            out.update(zip(at, tokens.chunk(len(at)), strict=True))
+            more = {name: torch.cat([cast(Tensor, hidden[i]) for i in at])} if hidden[at[0]] is not None else {}
+            crops.append(Crops(images, **more, patches=wanted[at[0]]))
+        with span("encoder forward"):
+            tokens = self.encoder.many(crops, mixed)
+        out = {
+            i: x for at, part in zip(groups, tokens, strict=True) for i, x in zip(at, part.chunk(len(at)), strict=True)
+        }
         return [out[i] for i in range(len(views))]
 
     def project(self, tokens: list[Tokens]) -> Tensor:
@@ -123,8 +137,14 @@ def seen(view: View) -> Tensor:
 
 def unmasked(views: list[View]) -> list[View]:
     """The views with nothing hidden."""
-    bare = [replace(v, keep=None, corrupted=None, pixel_mask=None) for v in views]
-    return [replace(v, mask=None if v.mask is None else torch.zeros_like(v.mask)) for v in bare]
+
+    def bare(v: View) -> View:
+        v = replace(v, keep=None, corrupted=None, pixel_mask=None)
+        if v.mask is None:
+            return v
+        return replace(v, mask=torch.zeros_like(v.mask), hidden=v.box.new_empty(0, dtype=torch.int64))
+
+    return [bare(v) for v in views]
 
 
 def pixel_error(head: PixelHead, S: Sequence[Tokens], views: Views, kind: Literal["l1", "l2"] = "l1") -> Tensor:
@@ -160,7 +180,10 @@ class Siamese(Protocol):
         """Auxiliary tokens that its `encode` adds to Tokens.aux by itself (HSSL's head)."""
         ...
 
-    def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]: ...
+    def encode(self, views: Views, t: Progress, *, patches: bool = False) -> tuple[list[Tokens], list[Tokens]]:
+        """(student's tokens, teacher's).  patches: of every view, not only where the method itself reads them."""
+        ...
+
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """q_s (Vs, B, P) after the predictor, z_t (Vt, B, P): the paper's L(.,.), weighted as in the method's total."""
         ...

@@ -65,9 +65,10 @@ class DINO(Method):
         S, T = self.encode(views, t)
         return self.global_loss(self.student.project(S), self.teacher.project(T), t)
 
-    def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
+    def encode(self, views: Views, t: Progress, *, patches: bool = False) -> tuple[list[Tokens], list[Tokens]]:
         """The student sees every crop, the teacher the global ones."""
-        return self.student.encode(views.all), self.teacher.encode(views.global_crops)
+        S = self.student.encode(views.all, patches=patches)
+        return S, self.teacher.encode(views.global_crops, patches=patches)
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """q_s (Vs, B, P), z_t (Vt, B, P) -> Step.  Teacher view v and student view v are the same crop."""
@@ -102,7 +103,8 @@ class DINO(Method):
 
     @torch.no_grad()
     def predictions(self, views: Views, t: Progress) -> tuple[Tensor, Tensor]:
-        S, T = self.student.encode(views.global_crops[-1:]), self.teacher.encode(views.global_crops[:1])
+        pair = (self.student, views.global_crops[-1:]), (self.teacher, views.global_crops[:1])
+        S, T = (tower.encode(view, patches=False) for tower, view in pair)
         return self.probabilities(self.student.project(S)[0], self.teacher.project(T)[0], t)
 
     def probabilities(self, q_s: Tensor, z_t: Tensor, t: Progress) -> tuple[Tensor, Tensor]:

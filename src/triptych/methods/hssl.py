@@ -130,7 +130,7 @@ class HSSL(Method):
         z_t = self.project_head(self.teacher, T)
         return self.global_loss(self.student.project(S), z_t, t) + self.other_losses(S, T, z_t, views, t)
 
-    def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
+    def encode(self, views: Views, t: Progress, *, patches: bool = False) -> tuple[list[Tokens], list[Tokens]]:
         """iBOT's, with the head's token as the last auxiliary one."""
 
         def with_head(tower: Tower, tokens: list[Tokens]) -> list[Tokens]:

@@ -86,11 +86,11 @@ class iBOT(Method):
         z_t = self.teacher.project(T)
         return self.global_loss(self.student.project(S), z_t, t) + self.other_losses(S, T, z_t, views, t)
 
-    def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
+    def encode(self, views: Views, t: Progress, *, patches: bool = False) -> tuple[list[Tokens], list[Tokens]]:
         """The student sees masked global crops and local crops, the teacher whole global crops."""
-        return self.student.encode(self._masked(views, t) + views.local_crops, see="masked"), self.teacher.encode(
-            views.global_crops
-        )
+        crops = self._masked(views, t) + views.local_crops
+        S = self.student.encode(crops, see="masked", patches=views.of_global(patches))
+        return S, self.teacher.encode(views.global_crops)
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """DINO's loss on class tokens.  q_s (Vs, B, P), z_t (Vt, B, P); teacher and student view v are one crop."""
@@ -139,7 +139,8 @@ class iBOT(Method):
 
     @torch.no_grad()
     def predictions(self, views: Views, t: Progress) -> tuple[Tensor, Tensor]:
-        S, T = self.student.encode(views.global_crops[-1:]), self.teacher.encode(views.global_crops[:1])
+        pair = (self.student, views.global_crops[-1:]), (self.teacher, views.global_crops[:1])
+        S, T = (tower.encode(view, patches=False) for tower, view in pair)
         return self.probabilities(self.student.project(S)[0], self.teacher.project(T)[0], t)
 
     def probabilities(self, q_s: Tensor, z_t: Tensor, t: Progress) -> tuple[Tensor, Tensor]:

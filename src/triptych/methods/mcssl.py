@@ -79,9 +79,10 @@ class MCSSL(Method):
         z_t = self.teacher.project(T)
         return self.global_loss(self.student.project(S), z_t, t) + self.other_losses(S, T, z_t, views, t)
 
-    def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
+    def encode(self, views: Views, t: Progress, *, patches: bool = False) -> tuple[list[Tokens], list[Tokens]]:
         """The student sees corrupted global crops and clean local crops, the teacher clean global crops."""
-        return self.student.encode(views.all, see="corrupted"), self.teacher.encode(views.global_crops)
+        S = self.student.encode(views.all, see="corrupted", patches=views.of_global(patches))
+        return S, self.teacher.encode(views.global_crops)
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """q_s (Vs, B, P), z_t (Vt, B, P); teacher and student view v are one crop."""
@@ -130,7 +131,8 @@ class MCSSL(Method):
 
     @torch.no_grad()
     def predictions(self, views: Views, t: Progress) -> tuple[Tensor, Tensor]:
-        S, T = self.student.encode(views.global_crops[-1:]), self.teacher.encode(views.global_crops[:1])
+        pair = (self.student, views.global_crops[-1:]), (self.teacher, views.global_crops[:1])
+        S, T = (tower.encode(view, patches=False) for tower, view in pair)
         return self.probabilities(self.student.project(S)[0], self.teacher.project(T)[0], t)
 
     def probabilities(self, q_s: Tensor, z_t: Tensor, t: Progress) -> tuple[Tensor, Tensor]:

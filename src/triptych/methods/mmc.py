@@ -112,12 +112,14 @@ class MMC(Method):
         q_s = self.predictor(self.student.project(S))
         return self.global_loss(q_s, z_t, t) + self.other_losses(S, T, z_t, views, t)
 
-    def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
+    def encode(self, views: Views, t: Progress, *, patches: bool = False) -> tuple[list[Tokens], list[Tokens]]:
         """Global crops first, corrupted for the student; local crops are seen whole, by one of the two."""
         crops, local, c = views.global_crops, views.local_crops, self.config
         by_student, mixed = c.local_crops == "student", c.pixel_blocks if c.weights[0] else ()
-        S = self.student.encode(crops + local * by_student, see="corrupted", mixed=mixed)
-        return S, self.teacher.encode(crops + local * (not by_student)) if any(c.weights[1:]) else []
+        read = [patches or any(c.weights[:2])] * len(crops) + [patches] * len(local) * by_student
+        S = self.student.encode(crops + local * by_student, see="corrupted", mixed=mixed, patches=read)
+        seen = crops + local * (not by_student)
+        return S, self.teacher.encode(seen, patches=patches or bool(c.weights[1])) if any(c.weights[1:]) else []
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """(3): q_s (Vs, B, P) after the predictor, z_t (Vt, B, P).  One of the two may hold local crops, at the end."""

@@ -58,8 +58,9 @@ class MoCoV3(Method):
         q_s = self.predictor(self.student.project(S))
         return self.global_loss(q_s, self.teacher.project(T), t)
 
-    def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
-        return self.student.encode(views.global_crops), self.teacher.encode(views.global_crops)
+    def encode(self, views: Views, t: Progress, *, patches: bool = False) -> tuple[list[Tokens], list[Tokens]]:
+        S, T = (tower.encode(views.global_crops, patches=patches) for tower in (self.student, self.teacher))
+        return S, T
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """q_s (2, B, P) after the predictor, z_t (2, B, P)."""

@@ -68,11 +68,12 @@ class MSN(Method):
         S, T = self.encode(views, t)
         return self.global_loss(self.student.project(S), self.teacher.project(T), t)
 
-    def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
+    def encode(self, views: Views, t: Progress, *, patches: bool = False) -> tuple[list[Tokens], list[Tokens]]:
         target, anchor = views.global_crops[0], views.global_crops[-1]  # one crop alone is both (`eval tokens`)
         if self.config.shared_drop and anchor.keep is not None:
             anchor = replace(anchor, keep=anchor.keep[:1].expand_as(anchor.keep))
-        return self.student.encode([anchor, *views.local_crops], see="kept"), self.teacher.encode([target])
+        S = self.student.encode([anchor, *views.local_crops], see="kept", patches=patches)
+        return S, self.teacher.encode([target], patches=patches)
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """q_s (Va, B, P) of the anchors, z_t (1, B, P) of the target."""

@@ -143,7 +143,7 @@ class MTE(Method):
 
     def forward(self, views: Views, t: Progress) -> Step:
         base, (w_aux, w_distill) = self.base, self.config.weights
-        S, T = base.encode(views, t)
+        S, T = base.encode(views, t, patches=self.config.target == "fused")
         z_g = base.student.project(S)
         q_g = base.predictor(z_g)
         if self.config.target == "own":
@@ -177,6 +177,6 @@ class MTE(Method):
             # Health is measured on one process alone, where the BatchNorm of other methods' heads would wait for ever.
             return None
         first, second = unmasked([views.global_crops[0], views.global_crops[-1]])
-        S, T = self.base.encode(Views([second, first], []), t)
+        S, T = self.base.encode(Views([second, first], []), t, patches=True)
         z_t = (self.student_ensemble if self.teaches_itself else self.teacher_ensemble)(T[1:])[0]
         return self.base.probabilities(self.base.predictor(self.base.student.project(S[:1]))[0], z_t, t)

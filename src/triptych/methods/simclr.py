@@ -60,8 +60,8 @@ class SimCLR(Method):
         z = self.student.project(S)
         return self.global_loss(z, z, t)
 
-    def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
-        S = self.student.encode(views.global_crops)
+    def encode(self, views: Views, t: Progress, *, patches: bool = False) -> tuple[list[Tokens], list[Tokens]]:
+        S = self.student.encode(views.global_crops, patches=patches)
         return S, S
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:

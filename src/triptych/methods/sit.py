@@ -58,8 +58,9 @@ class SiT(Method):
         z_t = self.teacher.project(T)
         return self.global_loss(self.student.project(S), z_t, t) + self.other_losses(S, T, z_t, views, t)
 
-    def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
-        return self.student.encode(views.global_crops, see="corrupted"), self.teacher.encode(views.global_crops)
+    def encode(self, views: Views, t: Progress, *, patches: bool = False) -> tuple[list[Tokens], list[Tokens]]:
+        S = self.student.encode(views.global_crops, see="corrupted")
+        return S, self.teacher.encode(views.global_crops, patches=patches)
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """q_s, z_t (2, B, P)"""

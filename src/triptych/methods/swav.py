@@ -56,7 +56,9 @@ class SwAV(Method):
         self.student = Tower(encoder, projector=head, prototypes=UnitPrototypes(c.embedding, c.prototypes))
         self.predictor = nn.Identity()
         self.register_buffer("queue", torch.zeros(2, c.queue, c.embedding))  # newest first
-        self.register_buffer("queued", torch.zeros((), dtype=torch.long))  # images that have passed through it
+        self.register_buffer("queued", torch.zeros((), dtype=torch.long))  # images that have passed through it ...
+        self.known = 0  # ... and the same on the host, which must not wait for the GPU to know whether the queue is full
+        self.register_load_state_dict_post_hook(lambda *_: setattr(self, "known", int(self.queued)))
 
     @property
     def teacher(self) -> Tower:
@@ -72,8 +74,8 @@ class SwAV(Method):
         z = self.student.project(S)
         return self.global_loss(z, z[: len(views.global_crops)], t)
 
-    def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
-        S = self.student.encode(views.all)
+    def encode(self, views: Views, t: Progress, *, patches: bool = False) -> tuple[list[Tokens], list[Tokens]]:
+        S = self.student.encode(views.all, patches=patches)
         return S, S[: len(views.global_crops)]
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
@@ -91,7 +93,7 @@ class SwAV(Method):
     def codes(self, u: Tensor, view: int) -> Tensor:
         """(3): u (B, P) of one view -> (B, K)."""
         rows = u
-        if self.config.queue and bool(self.queued >= self.config.queue):  # a full queue only
+        if self.config.queue and self.known >= self.config.queue:  # a full queue only
             # Every process brings its part of the queue: together they are one batch beside one queue.
             rows = torch.cat([self.queue[view].tensor_split(world_size())[rank()].to(u), u])
         scores = similarity(rows, self.student.prototypes.weight)
@@ -115,4 +117,5 @@ class SwAV(Method):
         if self.config.queue and t.step >= self.config.queue_start * t.steps_per_epoch:
             new = torch.cat([all_gather(c["u_t"], dim=1) for c in carries], 1)
             self.queue.copy_(torch.cat([new.to(self.queue), self.queue], 1)[:, : self.config.queue])
-            self.queued += new.shape[1]
+            self.known += new.shape[1]
+            self.queued.fill_(self.known)

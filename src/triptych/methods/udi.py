@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from triptych.data.views import View, Views, ViewSpec, between
 from triptych.distributed import all_mean
 from triptych.encoders.base import Encoder
-from triptych.encoders.vit import attention
+from triptych.encoders.blocks import attention
 from triptych.heads import MLP, Prototypes, init_linear
 from triptych.losses import other_views, prototype_cross_entropy, teacher_probabilities, unit
 from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_copy, ema_update
@@ -113,9 +113,11 @@ class UDI(Method):
         z_t = self.teacher.project(T)
         return self.global_loss(self.student.project(S), z_t, t) + self.other_losses(S, T, z_t, views, t)
 
-    def encode(self, views: Views, t: Progress) -> tuple[list[Tokens], list[Tokens]]:
+    def encode(self, views: Views, t: Progress, *, patches: bool = False) -> tuple[list[Tokens], list[Tokens]]:
         """The student sees every crop, the teacher the global ones, once."""
-        return self.student.encode(views.all), self.teacher.encode(views.global_crops)
+        patches = patches or self.config.local_patch
+        S = self.student.encode(views.all, patches=views.of_global(patches))
+        return S, self.teacher.encode(views.global_crops)
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """DINO's loss on class tokens.  q_s (Vs, B, P), z_t (Vt, B, P); teacher and student view v are one crop."""
@@ -211,7 +213,8 @@ class UDI(Method):
 
     @torch.no_grad()
     def predictions(self, views: Views, t: Progress) -> tuple[Tensor, Tensor]:
-        S, T = self.student.encode(views.global_crops[-1:]), self.teacher.encode(views.global_crops[:1])
+        pair = (self.student, views.global_crops[-1:]), (self.teacher, views.global_crops[:1])
+        S, T = (tower.encode(view, patches=False) for tower, view in pair)
         return self.probabilities(self.student.project(S)[0], self.teacher.project(T)[0], t)
 
     def probabilities(self, q_s: Tensor, z_t: Tensor, t: Progress) -> tuple[Tensor, Tensor]:
