@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
+from triptych.depthwise import depthwise
 from triptych.encoders.base import Encoder
 from triptych.encoders.blocks import attention
 from triptych.heads import init_linear
@@ -92,7 +93,8 @@ class AdaptivePooling(nn.Module):
         c = self.config
         a = self.pointwise(patch.transpose(1, 2).unflatten(2, grid))
         a = F.gelu(a) if c.pool_gelu else a
-        a = self.depthwise(a.repeat(1, c.pooled, 1, 1) if c.pool_pointwise == "shared" else a)
+        a = a.repeat(1, c.pooled, 1, 1) if c.pool_pointwise == "shared" else a
+        a = depthwise(a, self.depthwise.weight, cast(Tensor, self.depthwise.bias))
         a = a if self.to_map is None else self.to_map(a)
         a = a.unflatten(1, (c.pooled, -1)).flatten(3)
         return full_precision(a).softmax(-1).to(a.dtype) * a.shape[-1] if c.pool_softmax else a

@@ -47,6 +47,7 @@ class Recipe(BaseModel):
     epochs: int = Field(default=100, ge=1)
     seed: int = Field(default=0, ge=0)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it fast
+    compile: Literal["off", "on", "auto"] = "off"  # torch.compile; auto: where it is measured to be faster here
     loader: LoaderConfig = LoaderConfig()
     health: HealthConfig = HealthConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from triptych import distributed
+from triptych.compiling import compiling
 from triptych.data.views import Views
 from triptych.methods.base import Step
 from triptych.optim import clip_gradients, exempt, make_optimizer, set_rates
@@ -82,7 +83,7 @@ class Stepper:
         no_sync = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
         with no_sync:
             autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-            with autocast, span("heads and losses"):
+            with autocast, compiling(self.recipe.compile == "on"), span("heads and losses"):
                 out = model(views, t)
             with span("backward"):
                 (out.loss / self.recipe.accumulate).backward()

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from triptych.compiling import compilable
-from triptych.encoders.saving import gelu_linear, norm_linear
+from triptych.encoders.saving import gelu_linear, norm_linear, packed_linear
 from triptych.tokens import AuxSees
 
 Shape = tuple[int, int]  # images, tokens of each
@@ -74,7 +74,7 @@ def run_block(
     else:
         heads, kept = _heads_of(block, _queries_keys_values(block, x.rows), x.shapes), x
     shares = [_keep_shares(kept, p) for p in drops]
-    update = packed([merged(attention(q, k, v, _dropout(block))) for q, k, v in heads])
+    update = [merged(attention(q, k, v, _dropout(block))) for q, k, v in heads]
     aux = None
     if x.aux is not None:
         of_aux = _private(block, x, sees, prefix, heads)
@@ -98,7 +98,7 @@ def _skipping(block: Block, x: Stream, sees: AuxSees, prefix: int, drops: list[f
 
     def attend(part: Stream):
         heads = _heads_of(block, _queries_keys_values(block, part.rows), part.shapes)
-        u = _projected(block, part.rows, packed([merged(attention(q, k, v, _dropout(block))) for q, k, v in heads]))
+        u = _projected(block, part.rows, [merged(attention(q, k, v, _dropout(block))) for q, k, v in heads])
         if part.aux is None:
             return u, None
         return u, _projected(block, part.aux, _private(block, part, sees, prefix, heads))
@@ -171,8 +171,8 @@ def _heads_of_first(block: Block, x: Stream, queries: Sequence[int | None]) -> t
     return heads, Stream(first(x.rows), shapes, x.aux, x.count)
 
 
-def _private(block: Block, x: Stream, sees: AuxSees, prefix: int, base: list[Heads]) -> Tensor:
-    """What private tokens read (Σ B_i A, D): base tokens' keys and values, and their own."""
+def _private(block: Block, x: Stream, sees: AuxSees, prefix: int, base: list[Heads]) -> list[Tensor]:
+    """What private tokens read, (B_i, A, D) of each size: base tokens' keys and values, and their own."""
     own = _heads_of(block, _queries_keys_values(block, cast(Tensor, x.aux)), x.aux_shapes)
     first, out = (0 if sees == "all" else prefix), []
     for (q, k_a, v_a), (_, k, v) in zip(own, base, strict=True):
@@ -183,7 +183,7 @@ def _private(block: Block, x: Stream, sees: AuxSees, prefix: int, base: list[Hea
         weights = torch.cat([q @ k.transpose(-2, -1), among], -1).softmax(-1).to(v.dtype)
         of_base, of_own = F.dropout(weights, _dropout(block)).split([k.shape[2], among.shape[-1]], -1)
         out.append(merged(of_base @ v + (of_own * v_a if alone else of_own @ v_a)))
-    return packed(out)
+    return out
 
 
 def _dropout(block: Block) -> float:
@@ -217,9 +217,11 @@ def _queries_keys_values(block: Block, rows: Tensor) -> Tensor:
     return norm_linear(block.norm1, block.attn.qkv, rows)
 
 
-def _projected(block: Block, rows: Tensor, attended: Tensor) -> Tensor:
+def _projected(block: Block, rows: Tensor, attended: list[Tensor]) -> Tensor:
     attn = cast(Attention, block.attn)
-    y = attn.norm(attended)
+    if attn.gate is None and isinstance(attn.norm, nn.Identity):
+        return block.ls1(attn.proj_drop(packed_linear(attended, attn.proj)))
+    y = attn.norm(packed(attended))
     if attn.gate is not None:
         y = y * attn.gate(block.norm1(rows)).sigmoid()
     return block.ls1(attn.proj_drop(attn.proj(y)))
@@ -237,7 +239,7 @@ def _mlp(block: Block, rows: Tensor) -> Tensor:
 
 @compilable
 def _rest_of_block(
-    block: Block, rows: Tensor, attended: Tensor, share1: Tensor | None = None, share2: Tensor | None = None
+    block: Block, rows: Tensor, attended: list[Tensor], share1: Tensor | None = None, share2: Tensor | None = None
 ) -> Tensor:
     u = _projected(block, rows, attended)
     rows = rows + (u if share1 is None else u * share1)

@@ -1,10 +1,11 @@
 """A block's norms and MLP that keep less for the backward pass: what is cheap to compute is computed again.
 
 Plain autograd keeps, of every token, the input of each linear layer beside that of the norm or activation before it.
-Here the outputs of LayerNorm and GELU are made anew from their inputs; no matrix product is repeated.  Values and
-gradients are those of plain autograd.
+Here the outputs of LayerNorm and GELU, and joint copies of several sizes' tokens, are made anew; no matrix product is
+repeated.  Values and gradients are those of plain autograd.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,29 @@ def gelu_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     if not torch.is_grad_enabled():
         return linear(F.gelu(x))
     return cast(Tensor, _GELULinear.apply(x, linear.weight, linear.bias))
+
+
+def packed_linear(parts: Sequence[Tensor], linear: nn.Linear) -> Tensor:
+    """linear of the rows of all parts, each (B_i, T_i, D) -> (Σ B_i T_i, P)"""
+    if len(parts) == 1 or not torch.is_grad_enabled():
+        return linear(_rows(parts))
+    return cast(Tensor, _PackedLinear.apply(linear.weight, linear.bias, *parts))
+
+
+class _PackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, *parts: Tensor):
+        ctx.save_for_backward(weight, *parts)
+        return F.linear(_rows(parts), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor):
+        weight, *parts = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = _linear_backward(grads[0], _rows(parts), weight)
+        of_parts = grad_x.to(parts[0].dtype).split([p.shape[0] * p.shape[1] for p in parts])
+        shaped = [g.view_as(p) for g, p in zip(of_parts, parts, strict=True)]
+        return grad_weight, grad_bias if ctx.needs_input_grad[1] else None, *shaped
 
 
 class _NormLinear(torch.autograd.Function):
@@ -60,6 +84,10 @@ class _GELULinear(torch.autograd.Function):
         grad_y, grad_weight, grad_bias = _linear_backward(grads[0], F.gelu(x), weight)
         grad_x = torch.ops.aten.gelu_backward(grad_y.to(x.dtype), x)
         return grad_x, grad_weight, grad_bias if ctx.needs_input_grad[2] else None
+
+
+def _rows(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([p.flatten(0, 1) for p in parts]) if len(parts) > 1 else parts[0].flatten(0, 1)
 
 
 def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from triptych.data.views import MaskSpec, Views, ViewSpec
+from triptych.depthwise import depthwise
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP, Prototypes, init_linear
 from triptych.losses import both_probabilities, masked_cross_entropy, other_views, prototype_cross_entropy, unit
@@ -66,7 +67,8 @@ class ConvNeXtBlock(nn.Module):
         init_linear(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.mlp(self.norm(self.depthwise(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        y = depthwise(x, self.depthwise.weight, cast(Tensor, self.depthwise.bias))
+        y = self.mlp(self.norm(y.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         return x + self.drop_path(y) if self.residual else y
 
 
