@@ -114,7 +114,8 @@ def random_views(
             corrupted = torch.where(pixel_mask[:, None], noise, pixels)
         drawn = torch.from_numpy(np.stack(samples))
         pixel = torch.full((images, 2), 0.01, dtype=dtype)
-        return View(pixels, box, pixel, drawn, mask, keep, corrupted, pixel_mask)
+        hidden = None if mask is None else mask.flatten().nonzero()[:, 0]
+        return View(pixels, box, pixel, drawn, mask, keep, corrupted, pixel_mask, hidden=hidden)
 
     crops = [view(size, windows[0], masked=True) for _ in range(2)], [view(local, windows[1]) for _ in range(n_local)]
     return Views(*crops, labels=torch.arange(images) % 3)

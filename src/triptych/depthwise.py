@@ -32,5 +32,6 @@ class _Depthwise(torch.autograd.Function):
         (B, C, H, W), pad = x.shape, weight.shape[-1] // 2
         grad_x = F.conv2d(grad, weight.flip(-1, -2), padding=pad, groups=C) if ctx.needs_input_grad[0] else None
         # The weight's gradient is a correlation too: every image's and channel's own, with the gradient as kernel.
-        own = F.conv2d(F.pad(x, [pad] * 4).view(1, B * C, H + 2 * pad, -1), grad.view(B * C, 1, H, W), groups=B * C)
+        padded = F.pad(x, [pad] * 4).reshape(1, B * C, H + 2 * pad, -1)
+        own = F.conv2d(padded, grad.view(B * C, 1, H, W), groups=B * C)
         return grad_x, own.view(B, C, 1, 2 * pad + 1, -1).sum(0), grad.sum((0, 2, 3))

@@ -91,8 +91,11 @@ class AdaptivePooling(nn.Module):
     def weights(self, patch: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, k, D or 1, N)"""
         c = self.config
-        a = self.pointwise(patch.transpose(1, 2).unflatten(2, grid))
+        a = F.linear(patch, self.pointwise.weight.flatten(1), self.pointwise.bias)
         a = F.gelu(a) if c.pool_gelu else a
+        if a.requires_grad:
+            a.register_hook(Tensor.contiguous)  # of another layout, the gradient of GELU takes ten times as long
+        a = a.transpose(1, 2).unflatten(2, grid).contiguous()
         a = a.repeat(1, c.pooled, 1, 1) if c.pool_pointwise == "shared" else a
         a = depthwise(a, self.depthwise.weight, cast(Tensor, self.depthwise.bias))
         a = a if self.to_map is None else self.to_map(a)

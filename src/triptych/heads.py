@@ -138,6 +138,11 @@ class Prototypes(nn.Module):
         """(K, P)"""
         return self.gain * F.normalize(self.direction, dim=-1)
 
+    def of_mean(self, z: Tensor) -> Tensor:
+        """w z (K,): logits, which are linear in the embedding, of a mean embedding z (P,); makes no copy of w."""
+        lengths = torch.linalg.vector_norm(self.direction, dim=-1).clamp(min=1e-12)
+        return self.gain[:, 0] / lengths * (self.direction @ z)
+
     def forward(self, z: Tensor) -> Tensor:
         """(..., P) -> (..., K): logits of embeddings, which are put to unit length first."""
         return F.linear(F.normalize(z, dim=-1), self.weight)

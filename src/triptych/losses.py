@@ -42,56 +42,6 @@ def both_probabilities(
     return p_t, teacher_probabilities(z_s, w_s, torch.zeros_like(center), temps[1])
 
 
-def prototype_cross_entropy(
-    z_s: Tensor,
-    prototypes_s: Tensor,
-    z_t: Tensor,
-    prototypes_t: Tensor,
-    *,
-    center: Tensor,
-    student_temp: float,
-    teacher_temp: float,
-    weight: Tensor,
-) -> Tensor:
-    """Σ_{t,s,b} weight[t,s,b] · H(p_t(z_t[t,b]), p_s(z_s[s,b])), the loss of every prototype method.
-
-    z_s (S, B, P), z_t (T, B, P): embeddings as they meet the prototypes (DINO: unit length; UDI: also blends of such).
-    prototypes_s, prototypes_t (K, P); center (K,); weight broadcasts to (T, S, B).  -> scalar
-
-    With p_s = softmax(s), s = z_s W_sᵀ / τ_s, a cross-entropy is lse(s) − Σ_k p_tk s_k, and the sum is
-    z_s · (Σ_k p_tk w_k) / τ_s: each teacher row meets the prototypes once, however many student views it teaches,
-    and pairs are formed in P dimensions instead of K.
-    """
-    logits = full_precision(z_s @ prototypes_s.T) / student_temp  # (S, B, K)
-    p_t = teacher_probabilities(z_t, prototypes_t, center, teacher_temp)  # (T, B, K)
-    target = full_precision(p_t.to(prototypes_s.dtype) @ prototypes_s)  # (T, B, P): Σ_k p_tk w_k
-    # Multiply and sum rather than einsum: autocast would round this product to bf16.
-    agreement = (target[:, None] * full_precision(z_s)[None]).sum(-1) / student_temp  # (T, S, B)
-    return (weight * (logits.logsumexp(-1) - agreement)).sum()
-
-
-def masked_cross_entropy(
-    z_s: Tensor, prototypes_s: Tensor, z_t: Tensor, prototypes_t: Tensor, mask: Tensor, **options
-) -> Tensor:
-    """Mean over views and images of the mean of H(p_t, p_s) over the image's masked patches; none masked counts as 0.
-
-    mask (V, B, N) bool; z_s (R, P): the student's masked patches only, in the mask's order; z_t (V, B, N, P) of all.
-    options: as for `prototype_cross_entropy`.
-    """
-    hidden = mask.to(z_s.dtype)  # a quotient of integers would be fp32
-    weight = (hidden / hidden.sum(-1, keepdim=True).clamp(min=1) / mask[..., 0].numel())[mask][None, None]
-    return prototype_cross_entropy(z_s[None], prototypes_s, z_t[mask][None], prototypes_t, weight=weight, **options)
-
-
-def other_views(teachers: int, students: int, images: int, like: Tensor) -> Tensor:
-    """(T, S, 1) weights of the mean over images and over pairs of different views.
-
-    Teacher view v and student view v are the same crop; students beyond the teachers are local crops.
-    """
-    pairs = 1 - torch.eye(teachers, students, device=like.device, dtype=full_precision(like).dtype)
-    return (pairs / (pairs.sum() * images))[..., None]
-
-
 def gathered_keys(z_t: Tensor) -> Tensor:
     """(V, B, P) -> (V, WB, P): the teacher's embeddings of all W processes, of unit length, without gradient."""
     return all_gather(unit(z_t), dim=1)

@@ -6,9 +6,9 @@ import torch
 from conftest import random_views, timm_name, tiny_encoder
 from triptych.data.views import View, Views
 from triptych.heads import MLP, Prototypes
-from triptych.losses import other_views, prototype_cross_entropy
 from triptych.methods import DINOConfig, build
 from triptych.optim import OptimConfig, clip_gradients, make_optimizer, parameter_groups, set_rates
+from triptych.prototype_loss import other_views, prototype_cross_entropy
 from triptych.schedules import Progress, cosine, epoch_warmup, warmup_cosine
 from triptych.tokens import TokenSpec
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from conftest import random_views, tiny_encoder
-from triptych.losses import masked_cross_entropy, other_views, prototype_cross_entropy
 from triptych.methods import HSSLConfig, build
 from triptych.methods.hssl import ConvHead, ConvNeXtBlock
 from triptych.optim import OptimConfig, make_optimizer, set_rates
+from triptych.prototype_loss import masked_cross_entropy, other_views, prototype_cross_entropy
 from triptych.schedules import Progress, epoch_warmup
 from triptych.tokens import Tokens, TokenSpec
 
@@ -99,7 +99,14 @@ def test_terms_gradients_and_centres_equal_the_authors(golden, case):
             for who in ("base", "aux")
         )
         patch = masked_cross_entropy(
-            patches[mask], eye, patch_target, eye, mask, center=step["center_patch_before"][0, 0], **temps
+            patches[mask],
+            eye,
+            patch_target,
+            eye,
+            mask,
+            mask.flatten().nonzero()[:, 0],
+            center=step["center_patch_before"][0, 0],
+            **temps,
         )
         loss = 0.5 * (base + head) + patch
         torch.testing.assert_close(base, step["out.cls_base"], rtol=0, atol=1e-12)

@@ -7,10 +7,10 @@ import torch
 
 from conftest import random_views, timm_name, tiny_encoder
 from triptych.data.views import View, Views
-from triptych.losses import masked_cross_entropy, other_views, prototype_cross_entropy
 from triptych.methods import build, iBOTConfig
 from triptych.methods.ibot import patch_prototypes
 from triptych.optim import OptimConfig, clip_gradients, make_optimizer, parameter_groups, set_rates
+from triptych.prototype_loss import masked_cross_entropy, other_views, prototype_cross_entropy
 from triptych.schedules import Progress
 from triptych.tokens import TokenSpec
 
@@ -124,6 +124,7 @@ def test_loss_gradients_temperatures_and_centres_equal_the_authors(golden, case)
             teacher_patch,
             eye[7],
             mask,
+            mask.flatten().nonzero()[:, 0],
             center=step["center_patch_before"][0, 0],
             student_temp=0.1,
             teacher_temp=of_patches(t),

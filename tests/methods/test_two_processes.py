@@ -4,15 +4,9 @@ import numpy as np
 import torch
 
 from conftest import GOLDEN, tiny_encoder
-from triptych.losses import (
-    contrast,
-    gathered_keys,
-    masked_cross_entropy,
-    other_views,
-    prototype_cross_entropy,
-    sinkhorn,
-)
+from triptych.losses import contrast, gathered_keys, sinkhorn
 from triptych.methods import build, iBOTConfig
+from triptych.prototype_loss import masked_cross_entropy, other_views, prototype_cross_entropy
 from triptych.schedules import Progress
 from triptych.tokens import TokenSpec
 
@@ -43,7 +37,10 @@ def ibot(rank: int) -> None:
     tau, weight = float(g["cfg.teacher_temp"]), other_views(2, 2, 2, like=student)
     of_class = prototype_cross_entropy(student, eye, teacher, eye, teacher_temp=tau, weight=weight, **options)
     tau = 0.07  # of patches; the file does not say it, its numbers do
-    of_patches = masked_cross_entropy(student_patch[mask], eye, teacher_patch, eye, mask, teacher_temp=tau, **options)
+    at = mask.flatten().nonzero()[:, 0]
+    of_patches = masked_cross_entropy(
+        student_patch[mask], eye, teacher_patch, eye, mask, at, teacher_temp=tau, **options
+    )
     close(of_class, g["out.cls"])
     close(of_patches, g["out.patch"])
     method.update([{"class": teacher.mean((0, 1)), "patch": teacher_patch.mean((0, 1, 2))}], Progress(0, 2))

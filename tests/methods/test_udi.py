@@ -98,7 +98,7 @@ def test_losses_gradients_and_centres_equal_the_authors(golden, case):
     # Class level: student views [0, 1, l...], teacher views [0, 1].
     t_cls = step["in.teacher.global.cls"][:, 0].view(2, B, K).flip(0)
     s_cls = torch.cat([s["global.cls"].view(2, B, K), s["local.cls"].view(L, B, K)])
-    from triptych.losses import other_views
+    from triptych.prototype_loss import other_views
 
     loss_cls = method._cross_entropy(s_cls, t_cls, CLASS, other_views(2, 2 + L, B, like=s_cls), T0)
     # Global level: row v of the student beside the other teacher view, as the golden file has them.

@@ -147,6 +147,12 @@ def unmasked(views: list[View]) -> list[View]:
     return [bare(v) for v in views]
 
 
+def hidden_patches(views: list[View]) -> tuple[Tensor, Tensor]:
+    """Masks (V, B, N) of views, and the places (H,) in V·B·N where they hold, ascending."""
+    mask = torch.stack([cast(Tensor, v.mask) for v in views])
+    return mask, torch.cat([v.hidden_places() + i * mask[0].numel() for i, v in enumerate(views)])
+
+
 def pixel_error(head: PixelHead, S: Sequence[Tokens], views: Views, kind: Literal["l1", "l2"] = "l1") -> Tensor:
     """`masked_error` of the student's global crops, reconstructed from Tokens.mixed where it is there."""
     grid = S[0].grid

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from triptych.data.views import Views
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP, Prototypes
-from triptych.losses import both_probabilities, other_views, prototype_cross_entropy, unit
+from triptych.losses import both_probabilities, unit
 from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_copy, ema_update
+from triptych.prototype_loss import other_views, prototype_cross_entropy
 from triptych.schedules import Progress, cosine, epoch_warmup
 from triptych.tokens import Tokens
 
@@ -73,12 +74,11 @@ class DINO(Method):
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """q_s (Vs, B, P), z_t (Vt, B, P) -> Step.  Teacher view v and student view v are the same crop."""
         u_s, u_t = unit(q_s), unit(z_t)
-        w_s, w_t = self.student.prototypes.weight, self.teacher.prototypes.weight
         loss = prototype_cross_entropy(  # (1), (3)
             u_s,
-            w_s,
+            self.student.prototypes,
             u_t,
-            w_t,
+            self.teacher.prototypes,
             center=self.center,
             student_temp=self.config.student_temp,
             teacher_temp=self.teacher_temp(t),
@@ -97,7 +97,7 @@ class DINO(Method):
 
     @torch.no_grad()
     def update(self, carries: list[Carry], t: Progress) -> None:
-        g_t = self.teacher.prototypes.weight @ carried_mean(carries, "u_t")
+        g_t = self.teacher.prototypes.of_mean(carried_mean(carries, "u_t"))
         self.center.lerp_(g_t, 1 - self.config.center_momentum)  # (4)
         ema_update(self.teacher, self.student, self.momentum(t))
 

@@ -19,8 +19,19 @@ from triptych.data.views import MaskSpec, Views, ViewSpec
 from triptych.depthwise import depthwise
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP, Prototypes, init_linear
-from triptych.losses import both_probabilities, masked_cross_entropy, other_views, prototype_cross_entropy, unit
-from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_copy, ema_update, unmasked
+from triptych.losses import both_probabilities, unit
+from triptych.methods.base import (
+    Carry,
+    Method,
+    Step,
+    Tower,
+    carried_mean,
+    ema_copy,
+    ema_update,
+    hidden_patches,
+    unmasked,
+)
+from triptych.prototype_loss import masked_cross_entropy, other_views, prototype_cross_entropy
 from triptych.schedules import Progress, cosine, epoch_warmup
 from triptych.tokens import Tokens, TokenSpec
 
@@ -155,9 +166,9 @@ class HSSL(Method):
         u_s, u_t = unit(q_s), unit(z_t)
         loss = prototype_cross_entropy(
             u_s,
-            self.student.prototypes.weight,
+            self.student.prototypes,
             u_t,
-            self.teacher.prototypes.weight,
+            self.teacher.prototypes,
             center=self.center,
             student_temp=self.config.student_temp,
             teacher_temp=self.teacher_temp(t),
@@ -168,13 +179,15 @@ class HSSL(Method):
     def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor, views: Views, t: Progress) -> Step:
         head = self.global_loss(self.project_head(self.student, S), z_t, t)
         u_t = unit(self.teacher.projector(torch.stack([x.patch for x in T])))  # (V, B, N, P)
-        mask = torch.stack([cast(Tensor, v.mask) for v in views.global_crops])
+        mask, hidden = hidden_patches(views.global_crops)
+        patches = torch.stack([x.patch for x in S[: len(T)]])
         patch = masked_cross_entropy(
-            unit(self.student.projector(torch.stack([x.patch for x in S[: len(T)]])[mask])),
-            self.student.prototypes.weight,
+            unit(self.student.projector(patches.flatten(0, 2)[hidden])),
+            self.student.prototypes,
             u_t,
-            self.teacher.prototypes.weight,
+            self.teacher.prototypes,
             mask,
+            hidden,
             center=self.patch_center,
             student_temp=self.config.student_temp,
             teacher_temp=self.teacher_temp(t),
@@ -190,9 +203,9 @@ class HSSL(Method):
     @torch.no_grad()
     def update(self, carries: list[Carry], t: Progress) -> None:
         # Logits are linear in the embedding: their mean is the prototypes' product with the mean embedding.
-        w_t, rate = self.teacher.prototypes.weight, 1 - self.config.center_momentum
-        self.center.lerp_(w_t @ carried_mean(carries, "class"), rate)
-        self.patch_center.lerp_(w_t @ carried_mean(carries, "patch"), rate)
+        w_t, rate = self.teacher.prototypes, 1 - self.config.center_momentum
+        self.center.lerp_(w_t.of_mean(carried_mean(carries, "class")), rate)
+        self.patch_center.lerp_(w_t.of_mean(carried_mean(carries, "patch")), rate)
         ema_update(self.teacher, self.student, self.momentum(t))
 
     @torch.no_grad()

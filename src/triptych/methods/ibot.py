@@ -8,7 +8,7 @@
 One projector for class token and patches; the prototypes are shared too unless `patch_prototypes` is set.
 """
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,8 +17,19 @@ from torch import Tensor, nn
 from triptych.data.views import MaskSpec, View, Views, ViewSpec
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP, Prototypes
-from triptych.losses import both_probabilities, masked_cross_entropy, other_views, prototype_cross_entropy, unit
-from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_copy, ema_update, unmasked
+from triptych.losses import both_probabilities, unit
+from triptych.methods.base import (
+    Carry,
+    Method,
+    Step,
+    Tower,
+    carried_mean,
+    ema_copy,
+    ema_update,
+    hidden_patches,
+    unmasked,
+)
+from triptych.prototype_loss import masked_cross_entropy, other_views, prototype_cross_entropy
 from triptych.schedules import Progress, cosine, delayed, epoch_warmup
 from triptych.tokens import Tokens, TokenSpec
 
@@ -97,9 +108,9 @@ class iBOT(Method):
         u_s, u_t = unit(q_s), unit(z_t)
         loss = prototype_cross_entropy(
             u_s,
-            self.student.prototypes.weight,
+            self.student.prototypes,
             u_t,
-            self.teacher.prototypes.weight,
+            self.teacher.prototypes,
             center=self.center,
             student_temp=self.config.student_temp,
             teacher_temp=self.teacher_temp(t),
@@ -109,14 +120,15 @@ class iBOT(Method):
 
     def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor, views: Views, t: Progress) -> Step:
         u_t = unit(self.teacher.projector(torch.stack([x.patch for x in T])))  # (V, B, N, P)
-        mask = torch.stack([cast(Tensor, v.mask) for v in self._masked(views, t)])  # (V, B, N)
+        mask, hidden = hidden_patches(self._masked(views, t))
         patches = torch.stack([x.patch for x in S[: len(T)]])
         loss = masked_cross_entropy(
-            unit(self.student.projector(patches[mask])),
-            patch_prototypes(self.student).weight,
+            unit(self.student.projector(patches.flatten(0, 2)[hidden])),
+            patch_prototypes(self.student),
             u_t,
-            patch_prototypes(self.teacher).weight,
+            patch_prototypes(self.teacher),
             mask,
+            hidden,
             center=self.patch_center,
             student_temp=self.config.student_temp,
             teacher_temp=self.patch_temp(t),
@@ -133,8 +145,8 @@ class iBOT(Method):
     def update(self, carries: list[Carry], t: Progress) -> None:
         # Logits are linear in the embedding: their mean is the prototypes' product with the mean embedding.
         rate = 1 - self.config.center_momentum
-        self.center.lerp_(self.teacher.prototypes.weight @ carried_mean(carries, "class"), rate)
-        self.patch_center.lerp_(patch_prototypes(self.teacher).weight @ carried_mean(carries, "patch"), rate)
+        self.center.lerp_(self.teacher.prototypes.of_mean(carried_mean(carries, "class")), rate)
+        self.patch_center.lerp_(patch_prototypes(self.teacher).of_mean(carried_mean(carries, "patch")), rate)
         ema_update(self.teacher, self.student, self.momentum(t))
 
     @torch.no_grad()

@@ -19,8 +19,9 @@ from triptych.data.corruption import HalfZeros
 from triptych.data.views import Views, ViewSpec
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP, PixelHead, Prototypes
-from triptych.losses import both_probabilities, other_views, prototype_cross_entropy, unit
+from triptych.losses import both_probabilities, unit
 from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_copy, ema_update, pixel_error
+from triptych.prototype_loss import other_views, prototype_cross_entropy
 from triptych.schedules import Progress, cosine, epoch_warmup
 from triptych.tokens import Tokens
 
@@ -106,9 +107,9 @@ class MCSSL(Method):
     ) -> Tensor:
         return prototype_cross_entropy(
             u_s,
-            getattr(self.student, which).weight,
+            getattr(self.student, which),
             u_t,
-            getattr(self.teacher, which).weight,
+            getattr(self.teacher, which),
             center=center,
             student_temp=self.config.student_temp,
             teacher_temp=self.teacher_temp(t),
@@ -125,8 +126,8 @@ class MCSSL(Method):
     def update(self, carries: list[Carry], t: Progress) -> None:
         # Logits are linear in the embedding: their mean is the prototypes' product with the mean embedding.
         rate = 1 - self.config.center_momentum
-        self.center.lerp_(self.teacher.prototypes.weight @ carried_mean(carries, "class"), rate)
-        self.patch_center.lerp_(self.teacher.patch_prototypes.weight @ carried_mean(carries, "patch"), rate)
+        self.center.lerp_(self.teacher.prototypes.of_mean(carried_mean(carries, "class")), rate)
+        self.patch_center.lerp_(self.teacher.patch_prototypes.of_mean(carried_mean(carries, "patch")), rate)
         ema_update(self.teacher, self.student, self.momentum(t))
 
     @torch.no_grad()

@@ -126,6 +126,7 @@ class Supervised(Method):
         assert labels is not None, "`view_spec` asks for labels"
         assert self.config.classes
         if self.erase is not None:
+            self.erase.device = images.device  # where timm draws its noise: on the host, the GPU would wait for it
             images = self.erase(images.clone())
         if self.mix is not None:  # the batch with itself in reverse
             if len(images) % 2:

@@ -57,7 +57,7 @@ class SwAV(Method):
         self.predictor = nn.Identity()
         self.register_buffer("queue", torch.zeros(2, c.queue, c.embedding))  # newest first
         self.register_buffer("queued", torch.zeros((), dtype=torch.long))  # images that have passed through it ...
-        self.known = 0  # ... and the same on the host, which must not wait for the GPU to know whether the queue is full
+        self.known = 0  # ... and the same on the host, which must not wait for the GPU to know if the queue is full
         self.register_load_state_dict_post_hook(lambda *_: setattr(self, "known", int(self.queued)))
 
     @property

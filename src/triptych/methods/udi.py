@@ -22,8 +22,9 @@ from triptych.distributed import all_mean
 from triptych.encoders.base import Encoder
 from triptych.encoders.blocks import attention
 from triptych.heads import MLP, Prototypes, init_linear
-from triptych.losses import other_views, prototype_cross_entropy, teacher_probabilities, unit
+from triptych.losses import teacher_probabilities, unit
 from triptych.methods.base import Carry, Method, Step, Tower, carried_mean, ema_copy, ema_update
+from triptych.prototype_loss import other_views, prototype_cross_entropy
 from triptych.schedules import Progress, cosine, epoch_warmup
 from triptych.tokens import Tokens, TokenSpec
 
@@ -199,7 +200,7 @@ class UDI(Method):
 
     @torch.no_grad()
     def update(self, carries: list[Carry], t: Progress) -> None:
-        w_t, means = self.teacher.prototypes.weight, {CLASS: carried_mean(carries, "class")}
+        w_t, means = self.teacher.prototypes, {CLASS: carried_mean(carries, "class")}
         if "class+" in carries[0]:
             means[PLUS] = carried_mean(carries, "class+")
         count = carried_mean(carries, "patch_count")
@@ -208,7 +209,7 @@ class UDI(Method):
             rate = (1 - self.config.center_momentum) * (
                 torch.ones_like(count) if level != PATCH else (count > 0).to(count)
             )
-            self.center[level].lerp_(w_t @ mean, rate)  # nothing valid anywhere leaves the patch centre
+            self.center[level].lerp_(w_t.of_mean(mean), rate)  # nothing valid anywhere leaves the patch centre
         ema_update(self.teacher, self.student, self.momentum(t))
 
     @torch.no_grad()
@@ -241,9 +242,9 @@ class UDI(Method):
         """u_s (S, R, P), u_t (T, R, P), weight (T, S, R)"""
         return prototype_cross_entropy(
             u_s,
-            self.student.prototypes.weight,
+            self.student.prototypes,
             u_t,
-            self.teacher.prototypes.weight,
+            self.teacher.prototypes,
             center=self.center[center],
             student_temp=self.config.student_temp,
             teacher_temp=self.teacher_temp(t),
