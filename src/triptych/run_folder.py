@@ -16,7 +16,8 @@ from triptych.errors import UserError
 from triptych.recipe import Recipe
 from triptych.settings import flat
 
-RESUMABLE = ("loader", "checkpoint")  # parts of a recipe that may differ when a run goes on: they change no number
+# Parts of a recipe that may differ when a run goes on: they change no number.
+RESUMABLE = ("loader.workers", "loader.max_unreadable", "checkpoint")
 
 
 def provenance() -> dict[str, Any]:
@@ -88,6 +89,15 @@ def claim_folder(recipe: Recipe, source: Source, out: Path) -> None:
         part = path.with_suffix(".part")
         part.write_text(text)
         part.replace(path)
+
+
+def stored(out: Path, name: str, older: str) -> str | None:
+    """A setting of the run that `out` holds; `older` of a run from before it was one; None where there is no run.
+
+    Raises UserError.
+    """
+    file = out / "recipe.yaml"
+    return flat(_read(file, yaml.safe_load)).get(name, older) if file.exists() else None
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,11 +13,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from triptych import distributed
-from triptych.compiling import compiling
+from triptych.compiling import compare, compiling
 from triptych.data.views import Views
 from triptych.methods.base import Step
 from triptych.optim import clip_gradients, exempt, make_optimizer, set_rates
 from triptych.recipe import Recipe, build_method
+from triptych.run_folder import stored
 from triptych.schedules import Progress
 from triptych.spans import span
 
@@ -83,11 +85,38 @@ class Stepper:
         no_sync = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
         with no_sync:
             autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-            with autocast, compiling(self.recipe.compile == "on"), span("heads and losses"):
+            compiled = compiling() if self.recipe.compile == "on" else nullcontext()
+            with autocast, compiled, span("heads and losses"):
                 out = model(views, t)
             with span("backward"):
                 (out.loss / self.recipe.accumulate).backward()
         return Step(out.loss.detach(), {name: x.detach() for name, x in out.terms.items()}, out.carry)
+
+
+def settle_compile(
+    recipe: Recipe, device: torch.device, views: Callable[[], Views], out: Path, say: Callable[[str], None]
+) -> Recipe:
+    """The recipe with `compile: auto` settled: as in the run that `out` holds, else by measuring a batch of views.
+
+    Raises UserError where torch.compile is wanted and does not work on this machine.
+    """
+    if recipe.compile == "off":
+        return recipe
+    choice = distributed.from_main(lambda: stored(out, "compile", "off"))
+    if choice is None or recipe.compile == "on":
+        trial = Stepper(recipe, device)  # of its own, so that nothing of the measurement stays behind
+        batch = views().on_device(device, trial.mean, trial.std)
+
+        def step() -> Step:
+            return trial.gradients(batch, Progress(0, 1))
+
+        if recipe.compile == "on":
+            compare(step, rounds=0)  # does it work?
+            return recipe
+        eager, compiled = compare(step)
+        choice = distributed.from_main(lambda: "on" if compiled < eager else "off")
+        say(f"torch.compile is {choice} (forward and backward take {compiled:.3g} s with it, {eager:.3g} s without)")
+    return recipe.model_copy(update={"compile": choice})
 
 
 def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:

@@ -7,7 +7,7 @@ kernels of its own that add in no fixed order.)
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,20 +18,20 @@ import torch.distributed as dist
 from rich.console import Console
 
 from triptych import checkpoint, distributed
-from triptych.data.batches import Batches, check_batch
-from triptych.data import placement
-from triptych.data.loader import ViewDataset, close, default_workers, make_loader
+from triptych.data.batches import check_batch
+from triptych.data.loader import close
 from triptych.data.sources import Source
 from triptych.data.views import Views
 from triptych.errors import Interrupted, NonFinite, UserError
+from triptych.feed import next_batch, settle_colour, view_batches
 from triptych.health import measure
 from triptych.log import Metrics, ProgressLine, duration
-from triptych.methods import METHODS, SupervisedConfig
+from triptych.methods import SupervisedConfig
 from triptych.methods.base import Step
 from triptych.recipe import Recipe, of_source
-from triptych.run_folder import claim_folder, stored_colour
+from triptych.run_folder import claim_folder
 from triptych.schedules import Progress
-from triptych.step import Stepper
+from triptych.step import Stepper, settle_compile
 
 
 @dataclass
@@ -63,44 +63,6 @@ def check_run(recipe: Recipe, source: Source) -> None:
         raise UserError(f"mixup pairs images, and a process has {each} of them: choose an even --batch")
 
 
-def settle_colour(
-    recipe: Recipe, source: Source, patch_size: int, device: torch.device, say: Callable[[str], None]
-) -> Recipe:
-    """The recipe with its `loader.colour` measured on this machine where it is "auto".  Raises UserError."""
-    spec = METHODS[type(recipe.method)].view_spec(recipe.method)
-    placement.check(recipe.loader.colour, recipe.views.colour, spec.corruption)
-    if recipe.loader.colour != "auto":
-        return recipe
-    dataset = ViewDataset(source, recipe.views, spec, patch_size, recipe.seed)
-    workers = default_workers() if recipe.loader.workers is None else recipe.loader.workers
-    place, why = distributed.from_main(lambda: placement.choose(dataset, device, workers))
-    say(f"colours are changed by the {place} ({why})")
-    return with_colour(recipe, place)
-
-
-def with_colour(recipe: Recipe, place: str) -> Recipe:
-    return recipe.model_copy(update={"loader": recipe.loader.model_copy(update={"colour": place})})
-
-
-def view_batches(
-    recipe: Recipe, source: Source, patch_size: int, device: torch.device, start: int = 0
-) -> Iterator[tuple[Views, list[str]]]:
-    """This process's views of every batch from optimiser step `start` on, and reasons of images that cannot be read."""
-    spec = METHODS[type(recipe.method)].view_spec(recipe.method)
-    on_device = recipe.loader.colour == "device"
-    dataset = ViewDataset(source, recipe.views, spec, patch_size, recipe.seed, colour_on_device=on_device)
-    world = distributed.rank(), distributed.world_size()
-    batches = Batches(len(source), recipe.batch, recipe.epochs, recipe.seed, recipe.accumulate, *world, start)
-    return iter(make_loader(dataset, batches, recipe.loader, pin=device.type == "cuda"))
-
-
-def next_batch(batches: Iterator[tuple[Views, list[str]]]) -> tuple[Views, list[str]]:
-    try:
-        return next(batches)
-    except UserError as error:  # from a worker it comes with that process's traceback around it
-        raise UserError(str(error).strip().split("UserError: ")[-1]) from None
-
-
 class Run:
     """One process's share of a run: the state that the loop needs, and its parts by name."""
 
@@ -109,9 +71,9 @@ class Run:
         self.source, self.out, self.device, self.console = source, out, device, console
         self.stepper = Stepper(recipe, device)
         self.method, self.optimizer = self.stepper.method, self.stepper.optimizer
-        if recipe.loader.colour == "auto" and (place := distributed.from_main(lambda: stored_colour(out))):
-            recipe = with_colour(recipe, place)  # of the run that goes on
-        self.recipe = recipe = settle_colour(recipe, source, self.method.encoder.patch_size, device, self._say)
+        recipe = settle_colour(recipe, source, self.method.encoder.patch_size, device, out, self._say)
+        recipe = settle_compile(recipe, device, lambda: self._first_views(recipe), out, self._say)
+        self.recipe = self.stepper.recipe = recipe
         claim_folder(recipe, source, out)  # after what may refuse the recipe: a mistake leaves no folder behind
         self.steps_per_epoch = len(source) // recipe.batch
         self.total = recipe.epochs * self.steps_per_epoch
@@ -123,6 +85,13 @@ class Run:
         self.progress = ProgressLine(console, enabled=self.main)
         self.pending: list[tuple[dict[str, Any], list[str], torch.Tensor]] = []
 
+    def _first_views(self, recipe: Recipe) -> Views:
+        batches = view_batches(recipe, self.source, self.method.encoder.patch_size, self.device)
+        try:
+            return next_batch(batches)[0]
+        finally:
+            close(batches)
+
     @property
     def checkpoints(self) -> Path:
         return self.out / "checkpoints"
@@ -132,7 +101,8 @@ class Run:
             self._say(f"{self.out} is finished ({self.total} steps)")
             return TrainResult(self.out, self.total, 0.0, 0.0, list(self.unreadable))
         began, step = time.monotonic(), self.start
-        batches = view_batches(self.recipe, self.source, self.method.encoder.patch_size, self.device, self.start)
+        patch_size = self.method.encoder.patch_size
+        batches = view_batches(self.recipe, self.source, patch_size, self.device, self.start, self.progress.show)
         if self.start:
             self._say(f"going on from step {self.start} of {self.total}")
         else:

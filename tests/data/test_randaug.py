@@ -7,14 +7,14 @@ import pytest
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
-from triptych.data.colour import augment
+from triptych.data.colour import draw
 from triptych.data.randaug import RandAugment
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
 
 
 def ours(seed: int, image: np.ndarray = IMAGE) -> np.ndarray:
-    return augment(image, np.random.default_rng(seed), policy="randaug", role="global_1")
+    return draw("randaug", "global_1", np.random.default_rng(seed))(image)
 
 
 def test_it_is_the_transform_with_which_deit_was_trained():

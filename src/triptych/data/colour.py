@@ -1,85 +1,48 @@
-"""Photometric augmentation of one uint8 RGB crop on the CPU: colour jitter, grey, blur, solarisation, RandAugment.
+"""Photometric augmentation: which recipes there are, and what is drawn for each view.
 
-The reference is torchvision's v1 transforms on PIL images, with which DINO and UDI were trained; the operations below
-agree with it to about one grey level (``tests/data/test_colour.py`` says how closely) at a fraction of its time.  All
-images are (H, W, 3) uint8 RGB arrays.  No function modifies its input.
-
-OpenCV keeps a thread pool of its own: a DataLoader worker should call ``cv2.setNumThreads(0)`` once.
+Drawing and doing are apart: workers draw, from (seed, epoch, image) alone, and what was drawn is carried out either
+there (``data/operations.py``) or for the whole batch on the device (``data/batched_operations.py``).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-import cv2
 import numpy as np
 
-from triptych.data.randaug import RandAugment
+from triptych.data import operations
+from triptych.data.randaug import DrawnRandAugment, RandAugment
 from triptych.errors import UserError, nearest
 
-# PIL truncates where OpenCV rounds: floor(x) = round(x - 1/2).  Just under 1/2, lest an exact integer lose one.
-_TRUNCATE = -0.49
+JITTERS = ("brightness", "contrast", "saturation", "hue")
+COLUMNS = 11  # of a row of `Drawn.row`
 
 
-def brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blend with black; ``factor`` >= 0, 0 is black and 1 the image (torchvision ``adjust_brightness``)."""
-    return cv2.addWeighted(image, factor, image, 0.0, _TRUNCATE)
+@dataclass(frozen=True)
+class Drawn:
+    """What one view gets: jitters in this order, then grey, blur and solarisation."""
 
+    jitters: tuple[tuple[int, float], ...] = ()  # (position in JITTERS, factor), each operation at most once
+    grey: bool = False
+    sigma: float = 0.0  # of the blur, pixels; 0 = none
+    threshold: int = 256  # values from here on are inverted; 256 = none
 
-def contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blend with the mean grey level, rounded; ``factor`` >= 0, 1 is the image (torchvision ``adjust_contrast``)."""
-    mean = int(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0] + 0.5)
-    return cv2.addWeighted(image, factor, image, 0.0, (1 - factor) * mean + _TRUNCATE)
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 RGB, contiguous -> the same shape; the given array is not changed."""
+        for operation, factor in self.jitters:
+            image = getattr(operations, JITTERS[operation])(image, factor)
+        if self.grey:
+            image = operations.grey(image)
+        if self.sigma:
+            image = operations.blur(image, self.sigma)
+        if self.threshold < 256:
+            image = operations.solarise(image, self.threshold)
+        return image
 
-
-def saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blend with the grey image; ``factor`` >= 0, 0 is grey and 1 the image (torchvision ``adjust_saturation``)."""
-    return cv2.addWeighted(image, factor, grey(image), 1 - factor, _TRUNCATE)
-
-
-def hue(image: np.ndarray, factor: float) -> np.ndarray:
-    """Turn the hue by ``factor`` of a full circle, in [-1/2, 1/2] (torchvision ``adjust_hue``).
-
-    PIL works in 8-bit HSV.  OpenCV's 8-bit HSV rounds elsewhere, which adds up (from PIL: mean 1.0/255, 99th percentile
-    8/255), so this goes through float HSV, which is nearer (0.4 and 3) and, its hue being added in place, no slower.
-    """
-    # PIL's hue is 255 steps, cut off to whole ones: so is its shift, and its hues lie half a step low on average.
-    degrees = (int(factor * 255) - 0.5) * (360 / 255)
-    hsv = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)
-    # HSV2RGB wraps hues above 360 degrees but not below 0.
-    hsv = cv2.add(hsv, np.array([degrees % 360, 0.0, 0.0, 0.0]), dst=hsv)
-    return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=hsv))
-
-
-def grey(image: np.ndarray) -> np.ndarray:
-    """Luma 0.299 R + 0.587 G + 0.114 B in all three channels (PIL mode L, ITU-R 601)."""
-    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-
-
-def _blur_kernel(sigma: float) -> np.ndarray:
-    """PIL's Gaussian of standard deviation ``sigma`` pixels, (K,): a box with soft ends convolved with itself twice.
-
-    Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering", section 2: the
-    box is 2l+1 ones between two ends a <= 1, which bring its variance to sigma^2 / 3 exactly.  A sampled Gaussian
-    would be another blur below sigma = 0.5, where it barely touches its neighbours (10/255 off on white noise).
-    """
-    variance = sigma * sigma / 3
-    l = int((np.sqrt(12 * variance + 1) - 1) / 2)
-    a = (2 * l + 1) * (variance - l * (l + 1) / 3) / (2 * ((l + 1) ** 2 - variance))
-    box = np.array([a, *[1.0] * (2 * l + 1), a]) / (2 * l + 1 + 2 * a)
-    kernel = np.convolve(np.convolve(box, box), box)
-    return (kernel + kernel[::-1]) / 2  # bitwise symmetric, or OpenCV takes its slow path
-
-
-def blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur of standard deviation ``sigma`` >= 0 pixels, edges replicated (PIL ``GaussianBlur``)."""
-    kernel = _blur_kernel(sigma)
-    return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
-
-
-def solarise(image: np.ndarray, threshold: int = 128) -> np.ndarray:
-    """Invert every value v >= ``threshold`` to 255 - v (PIL ``ImageOps.solarize``)."""
-    values = np.arange(256, dtype=np.uint8)
-    return cv2.LUT(image, np.where(values < threshold, values, 255 - values))
+    def row(self) -> list[float]:
+        """COLUMNS numbers: four operations (-1 = none), their factors, grey (0 or 1), sigma, threshold."""
+        left_out = [-1.0] * (4 - len(self.jitters))
+        order, factors = [float(o) for o, _ in self.jitters], [f for _, f in self.jitters]
+        return [*order, *left_out, *factors, *left_out, float(self.grey), self.sigma, float(self.threshold)]
 
 
 @dataclass(frozen=True)
@@ -100,37 +63,25 @@ class Colour:
     p_solarise: float = 0.0
     solarise_threshold: int = 128
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(H, W, 3) uint8 RGB -> a new (H, W, 3) uint8 array; all randomness comes from ``rng``."""
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"an image is (H, W, 3) uint8, not {image.shape} {image.dtype}")
-        # A copy: the caller's crop may be a mirrored view, and OpenCV takes no negative strides.
-        image = np.array(image, order="C")
-        if rng.random() < self.p_jitter:
-            image = self._jitter(image, rng)
-        if rng.random() < self.p_grey:
-            image = grey(image)
-        if rng.random() < self.p_blur:
-            image = blur(image, rng.uniform(*self.blur_radius))
-        if rng.random() < self.p_solarise:
-            image = solarise(image, self.solarise_threshold)
-        return image
+    def draw(self, rng: np.random.Generator, blur_scale: float = 1.0) -> Drawn:
+        """blur_scale multiplies the blur's radii."""
+        jitters = self._jitters(rng) if rng.random() < self.p_jitter else ()
+        grey = bool(rng.random() < self.p_grey)
+        low, high = self.blur_radius
+        sigma = rng.uniform(blur_scale * low, blur_scale * high) if rng.random() < self.p_blur else 0.0
+        threshold = self.solarise_threshold if rng.random() < self.p_solarise else 256
+        return Drawn(jitters, grey, sigma, threshold)
 
-    def _jitter(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _jitters(self, rng: np.random.Generator) -> tuple[tuple[int, float], ...]:
         """The four jitters in a random order, as torchvision's ``ColorJitter``; one of strength 0 is left out."""
-        steps = (
-            (brightness, self.brightness, 1.0),
-            (contrast, self.contrast, 1.0),
-            (saturation, self.saturation, 1.0),
-            (hue, self.hue, 0.0),
-        )
-        for i in rng.permutation(len(steps)):
-            operation, strength, centre = steps[i]
-            low = centre - strength if operation is hue else max(0.0, centre - strength)
-            factor = rng.uniform(low, centre + strength)
-            if strength > 0:
-                image = operation(image, factor)
-        return image
+        strengths, centres = (self.brightness, self.contrast, self.saturation, self.hue), (1.0, 1.0, 1.0, 0.0)
+        drawn = []
+        for i in rng.permutation(4).tolist():
+            low = centres[i] - strengths[i] if JITTERS[i] == "hue" else max(0.0, centres[i] - strengths[i])
+            factor = rng.uniform(low, centres[i] + strengths[i])
+            if strengths[i] > 0:
+                drawn.append((i, factor))
+        return tuple(drawn)
 
 
 Role = Literal["global_1", "global_2", "local"]
@@ -186,26 +137,31 @@ COLOURS: dict[str, dict[Role, Mixture]] = {
 }
 
 
-def _draw(mixture: Mixture, rng: np.random.Generator) -> Colour | RandAugment:
+def known(policy: str) -> str:
+    """The policy's name; raises UserError for one that is not in COLOURS."""
+    if policy not in COLOURS:
+        raise UserError(f"no colour policy {policy!r}{nearest(policy, COLOURS)}; choose one of {', '.join(COLOURS)}")
+    return policy
+
+
+def batchable(policy: str) -> bool:
+    """Can the device carry this policy out?  RandAugment's operations exist for PIL images alone."""
+    return all(isinstance(recipe, Colour) for mixture in COLOURS[policy].values() for _, recipe in mixture)
+
+
+def draw(policy: str, role: Role, rng: np.random.Generator, *, blur_scale: float = 1.0) -> Drawn | DrawnRandAugment:
+    """What the recipe that ``COLOURS[policy]`` has (or draws) for ``role`` does to one view.
+
+    blur_scale multiplies the recipe's blur radii, which are meant for crops of 96 to 224 pixels.
+    """
+    recipe = _recipe(COLOURS[known(policy)][role], rng)
+    return recipe.draw(rng) if isinstance(recipe, RandAugment) else recipe.draw(rng, blur_scale)
+
+
+def _recipe(mixture: Mixture, rng: np.random.Generator) -> Colour | RandAugment:
     u = rng.random()
     for weight, recipe in mixture:
         u -= weight
         if u < 0:
             return recipe
     return mixture[-1][1]  # weights that sum to 1 - epsilon
-
-
-def augment(
-    image: np.ndarray, rng: np.random.Generator, *, policy: str, role: Role, blur_scale: float = 1.0
-) -> np.ndarray:
-    """(H, W, 3) uint8 RGB -> the same shape, under the recipe that ``COLOURS[policy]`` has (or draws) for ``role``.
-
-    blur_scale multiplies the recipe's blur radii, which are meant for crops of 96 to 224 pixels.
-    """
-    if policy not in COLOURS:
-        raise UserError(f"no colour policy {policy!r}{nearest(policy, COLOURS)}; choose one of {', '.join(COLOURS)}")
-    recipe = _draw(COLOURS[policy][role], rng)
-    if isinstance(recipe, RandAugment):
-        return recipe(image, rng)
-    low, high = recipe.blur_radius
-    return replace(recipe, blur_radius=(blur_scale * low, blur_scale * high))(image, rng)

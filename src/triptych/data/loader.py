@@ -9,14 +9,12 @@ from typing import Literal, cast
 import cv2
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as F
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import InterpolationMode
 
 from triptych.data.batches import Batches
-from triptych.data.colour import COLOURS, Role, augment
+from triptych.data.colour import COLOURS, Drawn, Role, draw
 from triptych.data.corruption import Corruption, corrupt, draw_corruption
 from triptych.data.crops import (
     Box,
@@ -30,7 +28,8 @@ from triptych.data.crops import (
 )
 from triptych.data.images import UnreadableImage
 from triptych.data.masks import draw_keep, draw_mask
-from triptych.data.sources import Source, load_rgb
+from triptych.data.pixels import Picture, cut, shrink_for
+from triptych.data.sources import Source
 from triptych.data.views import View, Views, ViewSpec
 from triptych.errors import UserError, nearest
 
@@ -77,10 +76,15 @@ class ViewsConfig(BaseModel):
         return name
 
 
+ColourPlace = Literal["auto", "workers", "device"]
+
+
 class LoaderConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     workers: int | None = Field(default=None, ge=0)  # processes that make views; None: this process's cores, at most 16
+    colour: ColourPlace = "auto"  # who changes colours: what is faster here, the workers, or the device by the batch
+    cache_side: int | None = Field(default=None, ge=16)  # train from a cache of images of this shorter side, pixels
     max_unreadable: float = Field(default=0.01, ge=0, le=1)  # share of the data set; more of it stops the run
 
 
@@ -94,6 +98,7 @@ class Sample:
     masks: list[Tensor]  # (N,) bool, one per global crop; empty where the method masks nothing
     keeps: list[Tensor]  # (n,) int64, likewise of what is dropped
     corruptions: list[Corruption]  # likewise
+    colours: list[Tensor]  # (COLUMNS,), one per crop, of data/colour.py; empty where the pixels have their colours
     global_crops: int
     pixel: Tensor  # (2,)
     label: int | None  # of the image that was read; None unless the method asks for it
@@ -103,51 +108,60 @@ class Sample:
 class ViewDataset(Dataset):
     """(epoch, index) -> Sample.  All randomness comes from (seed, epoch, index)."""
 
-    def __init__(self, source: Source, config: ViewsConfig, spec: ViewSpec, patch_size: int, seed: int):
+    def __init__(
+        self,
+        source: Source,
+        config: ViewsConfig,
+        spec: ViewSpec,
+        patch_size: int,
+        seed: int,
+        *,
+        colour_on_device: bool = False,
+    ):
         self.source, self.config, self.spec, self.patch_size, self.seed = source, config, spec, patch_size, seed
+        self.colour_on_device = colour_on_device
         if spec.labels:
             check_labels(source)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """Of this image or the next one that can be read."""
         epoch, index = key
-        position, image, unreadable = self._readable(index)
-        rng = np.random.default_rng([self.seed, epoch, index])
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W), channels last in memory
-        height, width = pixels.shape[1:]
-        label = self.source.label(position) if self.spec.labels else None
-        pixel = torch.tensor([1 / height, 1 / width])
-        sample = Sample(
-            [], [], [], [], [], [], self.config.global_crops, pixel=pixel, label=label, unreadable=unreadable
-        )
-        windows = self._windows(rng)
-        resampling = InterpolationMode(self.config.interpolation)
-        for (crop, flipped), role in self._crops(height, width, rng):
-            size = self.config.local_size if role == "local" else self.config.global_size
-            view = F.resized_crop(pixels, *crop, [size, size], resampling, antialias=True)
-            view = np.ascontiguousarray(view.permute(1, 2, 0).numpy())
-            view = augment(
-                view[:, ::-1] if flipped else view,
-                rng,
-                policy=self.config.colour,
-                role=role,
-                blur_scale=self.config.blur_scale,
-            )
-            sample.pixels.append(torch.from_numpy(view))
-            sample.boxes.append(_edges(crop, flipped, height, width))
-            sample.samples.append(windows["local" if role == "local" else "global"])
-        self._hide(sample, rng)  # last: asking for masks changes no crop and no colour
-        return sample
-
-    def _readable(self, index: int):
-        """(position, image) of this image or the next one that can be read, and the keys that could not."""
         unreadable = []
         for i in range(min(100, len(self.source))):
-            position = (index + i) % len(self.source)
+            rng = np.random.default_rng([self.seed, epoch, index])
             try:
-                return position, load_rgb(self.source, position), tuple(unreadable)
+                return self._sample((index + i) % len(self.source), rng, tuple(unreadable))
             except UnreadableImage as error:
                 unreadable.append(str(error))
         raise UserError(f"{len(unreadable)} images in a row cannot be read, the first: {unreadable[0]}")
+
+    def _sample(self, position: int, rng: np.random.Generator, unreadable: tuple[str, ...]) -> Sample:
+        """Everything is drawn before the first pixel: crops tell at which size the image is decoded."""
+        c, picture = self.config, Picture(self.source, position)
+        height, width = picture.height, picture.width
+        label = self.source.label(position) if self.spec.labels else None
+        pixel = _floats([1 / height, 1 / width])
+        sample = Sample([], [], [], [], [], [], [], c.global_crops, pixel=pixel, label=label, unreadable=unreadable)
+        windows = self._windows(rng)
+        drawn = [
+            (crop, flipped, role, draw(c.colour, role, rng, blur_scale=c.blur_scale))
+            for (crop, flipped), role in self._crops(height, width, rng)
+        ]
+        self._hide(sample, rng)  # last: asking for masks changes no crop and no colour
+        side = {"global_1": c.global_size, "global_2": c.global_size, "local": c.local_size}
+        pixels = picture.pixels(shrink_for((crop, side[role]) for crop, _, role, _ in drawn))
+        for crop, flipped, role, colour in drawn:
+            view = cut(pixels, crop, (side[role], side[role]), c.interpolation)
+            view = cv2.flip(view, 1) if flipped else view
+            if not self.colour_on_device:
+                view = colour(view)
+            else:
+                assert isinstance(colour, Drawn), "data/placement.py leaves RandAugment to the workers"
+                sample.colours.append(_floats(colour.row()))
+            sample.pixels.append(torch.from_numpy(view))
+            sample.boxes.append(_edges(crop, flipped, height, width))
+            sample.samples.append(windows["local" if role == "local" else "global"])
+        return sample
 
     def _crops(self, height: int, width: int, rng: np.random.Generator) -> Iterator[tuple[tuple[Crop, bool], Role]]:
         c = self.config
@@ -208,7 +222,12 @@ def _edges(crop: Crop, flipped: bool, height: int, width: int) -> Tensor:
     left, right = crop.j / width, (crop.j + crop.w) / width
     if flipped:
         left, right = right, left
-    return torch.tensor([crop.i / height, left, (crop.i + crop.h) / height, right])
+    return _floats([crop.i / height, left, (crop.i + crop.h) / height, right])
+
+
+def _floats(numbers: list[float]) -> Tensor:
+    """(n,) float32; at a third of what torch.tensor takes, which counts where every crop makes two."""
+    return torch.from_numpy(np.array(numbers, np.float32))
 
 
 def collate(samples: list[Sample]) -> tuple[Views, list[str]]:
@@ -217,6 +236,7 @@ def collate(samples: list[Sample]) -> tuple[Views, list[str]]:
     first = samples[0]
 
     def view(i: int) -> View:
+        mask = torch.stack([s.masks[i] for s in samples]) if i < len(first.masks) else None
         pixels, corrupted, codes = torch.stack([s.pixels[i] for s in samples]), None, None
         if i < len(first.corruptions):
             corrupted, codes = corrupt(pixels, [s.corruptions[i] for s in samples])
@@ -226,10 +246,12 @@ def collate(samples: list[Sample]) -> tuple[Views, list[str]]:
             box=torch.stack([s.boxes[i] for s in samples]),
             pixel=torch.stack([s.pixel for s in samples]),
             samples=None if first.samples[i] is None else torch.stack([cast(Tensor, s.samples[i]) for s in samples]),
-            mask=torch.stack([s.masks[i] for s in samples]) if i < len(first.masks) else None,
+            mask=mask,
+            hidden=None if mask is None else mask.flatten().nonzero()[:, 0],
             keep=torch.stack([s.keeps[i] for s in samples]) if i < len(first.keeps) else None,
             corrupted=corrupted,
             pixel_mask=codes,
+            colours=torch.stack([s.colours[i] for s in samples]) if first.colours else None,
         )
 
     views, n = [view(i) for i in range(len(first.pixels))], first.global_crops

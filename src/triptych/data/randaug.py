@@ -23,11 +23,22 @@ class RandAugment:
 
     config: str = "rand-m9-mstd0.5-inc1"  # magnitude 9 of 10 ± 0.5, 2 operations, each carried out with probability 1/2
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(H, W, 3) uint8 RGB -> a new (H, W, 3) uint8 array; all randomness comes from ``rng``."""
+    def draw(self, rng: np.random.Generator) -> "DrawnRandAugment":
+        return DrawnRandAugment(self.config, int(rng.integers(2**32)))
+
+
+@dataclass(frozen=True)
+class DrawnRandAugment:
+    """What one view gets: timm's operations under one seed."""
+
+    config: str
+    seed: int
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8 RGB -> a new (H, W, 3) uint8 array."""
         operations = _operations(self.config, min(image.shape[:2]))
-        with _seeded(int(rng.integers(2**32))):
-            return np.array(operations(Image.fromarray(np.ascontiguousarray(image))))
+        with _seeded(self.seed):
+            return np.array(operations(Image.fromarray(image)))
 
 
 @lru_cache(maxsize=8)

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 from PIL import Image
 
 from triptych.data.subsets import HELD_OUT, digest
@@ -28,9 +29,13 @@ class ScenesSource:
         return self._count
 
     def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.stored(index))
+
+    def stored(self, index: int) -> np.ndarray:
+        """(96, 96, 3) uint8."""
         from triptych.data.scenes import scene
 
-        return Image.fromarray(scene(self._start + index, seed=self._seed, size=96).image)
+        return scene(self._start + index, seed=self._seed, size=96).image
 
     def label(self, index: int) -> int | None:
         return (self._start + index) % len(self.classes)  # as scene() promises, without drawing

@@ -4,7 +4,6 @@ A source is one store of images (files, archive, torchvision set) behind one cla
 one rule, whatever the store.  Sources are picklable, and stay usable in forked and spawned DataLoader workers.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from triptych.data.images import UnreadableImage, to_rgb
 from triptych.data.scenes_source import ScenesSource
-from triptych.data.stores import Files, Store, open_store
+from triptych.data.stores import Files, Store, exists, is_stored, open_store
 from triptych.data.subsets import HELD_OUT, SUBSETS, Subset, digest, positions
 from triptych.data.torchvision_sets import SETS, TorchvisionStore
 from triptych.errors import UserError, nearest
@@ -22,6 +21,7 @@ SOURCES: dict[str, str] = {
     "FOLDER": "image files, flat or nested; sub-folders are classes, train/ and val/ or test/ are splits",
     "FILE.zip": "the same inside a zip file, read without unpacking",
     "FILE.tar": "the same inside an uncompressed tar file, read without unpacking",
+    "SHARDS/*.tar": "several of them as one (in quotes), or a folder that holds nothing but .tar files",
     "FILE.txt": "a list (.txt or .lst): one image path per line, and after a TAB its label if there is one",
     "scenes[:N][@SEED]": "N (1000) labelled drawings of 96 x 96 pixels, made on the fly: for trials without data",
     "imagenet100[:SPLIT]@ROOT": "100 classes of the ImageNet that lies in the folder or archive ROOT",
@@ -30,7 +30,11 @@ SOURCES: dict[str, str] = {
 
 
 class Source(Protocol):
-    """Images by index, 0 .. len - 1."""
+    """Images by index, 0 .. len - 1.
+
+    A source may also have `stored(index)`: what `image` decodes, for those who decode it otherwise; bytes of a file,
+    pixels (H, W, 3) uint8 of an upright RGB image, or None.  Raises UnreadableImage.
+    """
 
     @property
     def name(self) -> str: ...  # what the user gave
@@ -70,7 +74,7 @@ def open_source(spec: str | Path, *, split: str | None = None) -> Source:
     """
     spec, path = str(spec), Path(spec).expanduser()
     name = spec if split is None else f"{spec} [{split}]"
-    if _exists(path):
+    if is_stored(path):
         return _from_path(path, name, split)
     kind, of, root = _named(spec)
     if kind == "scenes":
@@ -96,7 +100,7 @@ def splits(spec: str | Path) -> tuple[Source, Source] | None:
     one of HELD_OUT counts.
     """
     spec, path = str(spec), Path(spec).expanduser()
-    if not _exists(path):
+    if not is_stored(path):
         kind, of, root = _named(spec)
         if kind in SUBSETS and not of:
             return (open_source(spec), open_source(spec, split="test")) if splits(root) else None
@@ -105,7 +109,7 @@ def splits(spec: str | Path) -> tuple[Source, Source] | None:
     if _is_list(path):
         return None
     store = open_store(path)
-    folders = {folder.lower() for folder in _folders(_inner(path, store.keys))}
+    folders = {folder.lower() for folder in _folders(_inner(store))}
     held_out = [name for name in HELD_OUT if name in folders]
     if "train" not in folders or not held_out:
         return None
@@ -149,6 +153,12 @@ class _Stored:
             raise UnreadableImage(self.key(index), _reason(error)) from error
         return image
 
+    def stored(self, index: int) -> bytes | None:
+        try:
+            return self.open_store.encoded(self._positions[index])
+        except Exception as error:  # of any kind, as above
+            raise UnreadableImage(self.key(index), _reason(error)) from error
+
     def label(self, index: int) -> int | None:
         return self._labels[index] if self._labels else None
 
@@ -186,10 +196,6 @@ def _from_path(path: Path, name: str, split: str | None) -> Source:
     return _from_list(path, name)
 
 
-def _exists(path: Path) -> bool:
-    return os.path.exists(path)  # noqa: PTH110 - Path.exists raises for forbidden and over-long paths
-
-
 def _is_list(path: Path) -> bool:
     return path.suffix.lower() in (".txt", ".lst") and not path.is_dir()
 
@@ -203,7 +209,7 @@ def _from_list(path: Path, name: str) -> Source:
             keys.append(key.strip())
             names.append(label.strip())
     store = Files(path.parent, keys)
-    missing = [key for key in keys if not _exists(path.parent / key)]
+    missing = [key for key in keys if not exists(path.parent / key)]
     if missing or not keys:
         what = f"{len(missing)} of {len(keys)} files of {path} do not exist: {', '.join(missing[:3])}"
         raise UserError(
@@ -222,7 +228,7 @@ def _from_list(path: Path, name: str) -> Source:
 
 def _part(path: Path, store: Store, name: str, split: str | None) -> Source:
     """The images of one split of a folder or archive, or all, with labels where sub-folders are classes."""
-    paths = _inner(path, store.keys)
+    paths = _inner(store)
     folders = {folder.lower(): folder for folder in _folders(paths)}
     if split is None and "train" in folders and len(folders) > 1 and folders.keys() <= {"train", *HELD_OUT}:
         split = "train"
@@ -269,9 +275,9 @@ def _below(paths: Sequence[str], folder: str) -> dict[int, str]:
     return {i: path[len(start) :] for i, path in enumerate(paths) if path.startswith(start)}
 
 
-def _inner(path: Path, keys: Sequence[str]) -> Sequence[str]:
+def _inner(store: Store) -> Sequence[str]:
     """The paths that the rule looks at: of an archive without its one common top-level folder."""
-    folders = _folders(keys)
-    if path.is_dir() or len(folders) > 1 or "" in folders:
-        return keys
-    return [key.partition("/")[2] for key in keys]
+    folders = _folders(store.keys)
+    if isinstance(store, Files) or len(folders) > 1 or "" in folders:
+        return store.keys
+    return [key.partition("/")[2] for key in store.keys]

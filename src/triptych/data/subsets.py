@@ -54,6 +54,9 @@ class Subset:
     def image(self, index: int) -> Image.Image:
         return self.source.image(int(self.indices[index]))
 
+    def stored(self, index: int) -> bytes | np.ndarray | None:
+        return getattr(self.source, "stored", lambda _: None)(int(self.indices[index]))
+
     def label(self, index: int) -> int | None:
         label = self.source.label(int(self.indices[index]))
         return label if label is None or not self._numbers else self._numbers[label]

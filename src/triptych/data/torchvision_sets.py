@@ -88,6 +88,10 @@ class TorchvisionStore:
         """The picture as torchvision gives it: RGB, or L of the MNIST family."""
         return self._data[position][0]
 
+    def encoded(self, position: int) -> bytes | None:
+        """The image's file; None in sets whose images have no file of their own."""
+        return Path(self._files[position]).read_bytes() if self._files else None
+
     def size(self, position: int) -> int:
         """Bytes of the file; 0 in sets whose images have no file of their own."""
         return Path(self._files[position]).stat().st_size if self._files else 0

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triptych.data import batched_operations
 from triptych.data.corruption import NOISE, ZEROS, CorruptionConfig
 from triptych.errors import UserError
 
@@ -31,11 +32,18 @@ class View:
     corrupted: Tensor | None = None  # (B, 3, H, W): the images with pixels replaced, for the student
     # (B, H, W): where they are.  From the loader: uint8 codes of data/corruption.py; on the device: bool.
     pixel_mask: Tensor | None = None
+    hidden: Tensor | None = None  # (H,) int64: where `mask` holds, as places in B·N; see `hidden_places`
+    colours: Tensor | None = None  # (B, COLUMNS): what `on_device` still has to do to the colours of `images`
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "View":
         """The view with `change` applied to each of its tensors."""
         changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in vars(self).items()}
         return View(**changed)
+
+    def hidden_places(self) -> Tensor:
+        """(H,) int64: places in B·N of the hidden patches.  The loader counts them: asking the GPU would be a wait."""
+        assert self.mask is not None
+        return self.mask.flatten().nonzero()[:, 0] if self.hidden is None else self.hidden
 
     def replaced_share(self, patch_size: int) -> Tensor:
         """(B, N): how much of each patch is replaced in `corrupted`, 0 to 1."""
@@ -58,6 +66,10 @@ class Views:
     def all(self) -> list[View]:
         return self.global_crops + self.local_crops
 
+    def of_global(self, every: bool) -> list[bool]:
+        """For each of `all`: is something wanted of it that is wanted of global crops, or of every crop?"""
+        return [True] * len(self.global_crops) + [every] * len(self.local_crops)
+
     def __len__(self) -> int:
         """Images in the batch."""
         return len(self.global_crops[0].images)
@@ -68,9 +80,10 @@ class Views:
     def on_device(self, device: torch.device, mean: Tensor, std: Tensor) -> "Views":
         """Moved to the device, uint8 pixels there made floats: (x/255 − mean)/std, mean and std (3,) on the device.
 
-        Noise of corrupted images is drawn here, from the device's generator.
+        Colours that the workers left to the device are changed first.  Noise of corrupted images is drawn here, from
+        the device's generator.
         """
-        moved = self.map(lambda x: x.to(device, non_blocking=True))
+        moved = self.map(lambda x: x.to(device, non_blocking=True)).coloured(self)
         scale, shift = 1 / (255 * std), -mean / std
 
         def floats(view: View) -> View:
@@ -83,6 +96,18 @@ class Views:
             return replace(view, images=images, corrupted=filled, pixel_mask=view.pixel_mask > 0)
 
         return Views([floats(v) for v in moved.global_crops], [floats(v) for v in moved.local_crops], moved.labels)
+
+    def coloured(self, given: "Views") -> "Views":
+        """The images under their `colours`, which `given` still has on the CPU; crops of one size all at once."""
+        views, drawn = self.all, [view.colours for view in given.all]
+        for size in {view.images.shape[-1] for view in views if view.colours is not None}:
+            group = [i for i, view in enumerate(views) if view.images.shape[-1] == size]
+            rows = torch.cat([x for i in group if (x := drawn[i]) is not None])
+            images = batched_operations.apply(torch.cat([views[i].images for i in group]), rows)
+            for i, part in zip(group, images.chunk(len(group)), strict=True):
+                views[i] = replace(views[i], images=part, colours=None)
+        n = len(self.global_crops)
+        return Views(views[:n], views[n:], self.labels)
 
 
 @dataclass(frozen=True)
@@ -133,10 +158,12 @@ def token_positions(box: Tensor, grid: tuple[int, int], coords: Coordinates = "c
     one of `ends_box` (UDI's released code; half a patch off at the border).
     """
     at = [
-        torch.linspace(0, 1, n, dtype=box.dtype) if coords == "ends" else (torch.arange(n, dtype=box.dtype) + 0.5) / n
+        torch.linspace(0, 1, n, dtype=box.dtype, device=box.device)
+        if coords == "ends"
+        else (torch.arange(n, dtype=box.dtype, device=box.device) + 0.5) / n
         for n in grid
     ]
-    unit = torch.stack(torch.meshgrid(*at, indexing="ij"), -1).reshape(1, -1, 2).to(box.device)
+    unit = torch.stack(torch.meshgrid(*at, indexing="ij"), -1).reshape(1, -1, 2)
     return box[:, None, :2] + unit * (box[:, None, 2:] - box[:, None, :2])
 
 
