@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from triptych.data.views import token_positions
-from triptych.syncs import DEVICE, host_syncs
+from triptych.health import feature_health
+from triptych.syncs import host_syncs
 
 x = torch.arange(12.0).reshape(3, 4)  # existed before: on the device
 WAITS = {
@@ -58,8 +58,9 @@ def test_what_does_not_wait_is_not_named(name):
 
 
 def test_the_line_is_triptychs_and_a_gradient_has_that_of_its_forward_pass():
-    box = torch.rand(2, 4)
-    assert host_syncs(lambda: token_positions(box.to(DEVICE), (2, 2)))[0].where.startswith("data/views.py:")
+    found = host_syncs(lambda: feature_health(x))
+    assert found
+    assert all(s.where.startswith("health.py:") and s.where.endswith("feature_health") for s in found)
     w = x.clone().requires_grad_()
 
     def picks():

@@ -110,6 +110,40 @@ def cost(*overrides: Overrides, recipe: str = "udi_small", config: Path | None =
     commands.cost(recipe, config, list(overrides), size)
 
 
+@app.command
+def bench(
+    *overrides: Overrides,
+    recipe: str = "udi_small",
+    config: Path | None = None,
+    data: str | None = None,
+    parts: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    steps: int = 5,
+    out: Path = Path("results.jsonl"),
+) -> None:
+    """Measure on this machine what a recipe costs: its training step, its loader, k-NN and feature extraction.
+
+    Fields of the recipe are set as for `train`: `--batch 128 --precision bf16`.
+
+    Parameters
+    ----------
+    recipe
+        Name of a recipe; see `triptych list`.
+    config
+        YAML file of recipe fields, such as a run's recipe.yaml; the command line wins over it.
+    data
+        Images to train on, as for `train`.  Default: drawn scenes.
+    parts
+        Of step, data, knn, inference (default: these four) and syncs, which names what makes the host wait for a GPU.
+    steps
+        Repetitions that count.
+    out
+        File that the results are appended to as JSON lines.
+    """
+    from triptych.bench import bench as run
+
+    run(recipe, config, list(overrides), data=data, parts=parts, steps=steps, out=out)
+
+
 @app.command(name="list")
 def list_() -> None:
     """Print all methods, encoders, recipes, sources and evaluations."""

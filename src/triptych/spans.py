@@ -18,12 +18,12 @@ def span(name: str) -> Iterator[None]:
         if _seconds is None:
             yield
             return
-        began = _now()
+        began = now()
         _open.append(0.0)
         try:
             yield
         finally:
-            spent = _now() - began
+            spent = now() - began
             _seconds[name] = _seconds.get(name, 0.0) + spent - _open.pop()
             if _open:
                 _open[-1] += spent
@@ -40,7 +40,8 @@ def recorded() -> Iterator[dict[str, float]]:
         _seconds = None
 
 
-def _now() -> float:
+def now() -> float:
+    """Seconds, read when the GPU has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -236,6 +236,7 @@ def test_a_run_killed_while_its_folder_was_made_starts_again(place):
 
 
 def test_weights_that_are_not_finite_are_never_saved(place, monkeypatch):
+    from triptych import step
     from triptych import train as module
     from triptych.data.sources import open_source
     from triptych.settings import parse_overrides, resolve
@@ -246,7 +247,7 @@ def test_weights_that_are_not_finite_are_never_saved(place, monkeypatch):
                 p.grad.fill_(float("inf"))
 
     recipe, _ = resolve("udi_quickstart", None, parse_overrides(SMALL[2:]))
-    monkeypatch.setattr(module, "clip_gradients", poison)
+    monkeypatch.setattr(step, "clip_gradients", poison)
     with pytest.raises(module.NonFinite, match="checkpoint of step 0 is kept"):
         module.train(recipe, open_source(place / "data" / "train"), place / "infinite")
 
