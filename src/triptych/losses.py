@@ -70,17 +70,8 @@ def masked_error(x: Tensor, target: Tensor, pixel_mask: Tensor, kind: Literal["l
 
 
 @torch.no_grad()
-def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """Codes (B, K): rows sum to 1 and, over the batches of all processes, columns to B/K (SwAV, Sinkhorn-Knopp).
-
-    scores (B, K).  exp(scores/ε) is not guarded against overflow: cosines over ε = 0.05 stay below e^20.
-    """
-    return balanced((full_precision(scores) / epsilon).exp(), iterations)
-
-
-@torch.no_grad()
 def balanced(codes: Tensor, iterations: int) -> Tensor:
-    """The scaling of `sinkhorn`, of codes (B, K) >= 0."""
+    """Codes (B, K) >= 0 scaled: rows to 1 and, over the batches of all processes, columns to B/K (Sinkhorn-Knopp)."""
     least = torch.finfo(codes.dtype).tiny
     codes = codes * (len(codes) / all_mean(codes.sum()))
     for _ in range(iterations):

@@ -49,18 +49,15 @@ def prototype_cross_entropy(
     The teacher's side, centre and weight get no gradient.  Products run in autocast's dtype, sums and exponentials in
     fp32.  chunk: prototypes at a time, block: scores held at a time; by default what suits the device.
     """
-    kind = z_s.device.type
-    halve = torch.is_autocast_enabled(kind) and z_s.dtype != torch.float64
-    default = SIZES.get(kind, SIZES["cuda"])
-    plan = _Plan(
-        (student_temp, teacher_temp),
-        torch.get_autocast_dtype(kind) if halve else z_s.dtype,
-        chunk or default[0],
-        block or default[1],
-        torch.is_grad_enabled(),
+    kind, default = z_s.device.type, _sizes(z_s)
+    cast_down = torch.is_autocast_enabled(kind) and z_s.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if cast_down else z_s.dtype
+    temps, training = (student_temp, teacher_temp), torch.is_grad_enabled()
+    plan = _Plan(temps, dtype, chunk or default[0], block or default[1], training)
+    return cast(
+        Tensor,
+        _CrossEntropy.apply(z_s, *_parts(prototypes_s), z_t, *_parts(prototypes_t), center, weight, plan),
     )
-    sides = z_s, *_parts(prototypes_s), z_t, *_parts(prototypes_t)
-    return cast(Tensor, _CrossEntropy.apply(*sides, center, weight, plan))
 
 
 def masked_cross_entropy(
@@ -102,18 +99,17 @@ def sinkhorn_center(
     Over the rows of all processes: each code sums to 1, and each prototype's share is (nearly) that of any other.
     With t = z·w/τ an iteration is b_k = −lse_r(t_rk + a_r), then a_r = −lse_k(t_rk + b_k), and c = −τ b.
     """
-    side = _Side(z[None], *_parts(prototypes), temperature, z.dtype)
-    a = side.z.new_zeros(1, len(z), 1, dtype=full_precision(z).dtype)
-    b = a.new_zeros(side.count)
-    for _ in range(iterations):
-        lse = torch.full_like(a, -torch.inf)
-        for k in _slices(side.count, chunk or SIZES.get(z.device.type, SIZES["cuda"])[0]):
-            scores = side.scores(slice(None), side.prototypes(k))
-            own = (full_precision(scores) + a).logsumexp((0, 1))
-            b[k] = -all_gather(own[None]).logsumexp(0)
-            lse = _absorb(lse, scores, b[k])
-        a = -lse
-    return -temperature * b
+    with torch.autocast(z.device.type, enabled=False):  # a small temperature would make much of bf16's rounding
+        side = _Side(z[None], *_parts(prototypes), temperature, full_precision(z).dtype)
+        a, b = torch.zeros_like(side.z[..., :1]), side.z.new_zeros(side.count)
+        for _ in range(iterations):
+            lse = torch.full_like(a, -torch.inf)
+            for k in _slices(side.count, chunk or _sizes(z)[0]):
+                scores = side.scores(slice(None), side.prototypes(k))
+                b[k] = -all_gather((scores + a).logsumexp((0, 1))[None]).logsumexp(0)
+                lse = _absorb(lse, scores, b[k])
+            a = -lse
+        return -temperature * b
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ class _Plan:
     dtype: torch.dtype  # of products
     chunk: int
     block: int
-    train: bool
+    training: bool
 
     def rows(self, images: int, views: int, prototypes: int) -> tuple[int, bool]:
         """Images at a time, and whether all their scores are held between the passes."""
@@ -137,27 +133,31 @@ class _Side:
 
     def __init__(self, z: Tensor, direction: Tensor, gain: Tensor | None, temperature: float, dtype: torch.dtype):
         self.z, self.direction, self.count = (full_precision(z) / temperature).to(dtype), direction, len(direction)
-        self.scale = None
-        if gain is not None:  # w = gain · direction / |direction| = scale · direction, both (K, 1)
-            lengths = torch.linalg.vector_norm(full_precision(direction), dim=-1, keepdim=True)
-            self.lengths = lengths.clamp(min=1e-12)  # as F.normalize
-            self.scale = gain / self.lengths
+        self.norm = None
+        if gain is not None:  # w = gain · direction / |direction|
+            lengths = torch.linalg.vector_norm(full_precision(direction), dim=-1, keepdim=True).clamp(min=1e-12)
+            self.norm = gain / lengths, lengths  # (K, 1) each
 
     def prototypes(self, k: slice) -> Tensor:
-        """(k, P)"""
-        w = self.direction[k] if self.scale is None else full_precision(self.direction[k]) * self.scale[k]
+        """w (k, P)"""
+        w = self.direction[k] if self.norm is None else full_precision(self.direction[k]) * self.norm[0][k]
         return w.to(self.z.dtype)
 
     def scores(self, b: slice, w: Tensor) -> Tensor:
         """(V, b, k), of prototypes w (k, P)"""
         return self.z[:, b] @ w.T
 
+    def through_norm(self, dw: Tensor, k: slice) -> Tensor:
+        """The gradient for w (k, P) becomes in place that for direction.  -> the one for gain (k, 1)"""
+        assert self.norm is not None
+        return _through_norm(dw, self.direction[k], *(x[k] for x in self.norm))
+
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, plan = inputs
-        needs = [plan.train and need for need in ctx.needs_input_grad[:3]]
+        needs = [plan.training and need for need in ctx.needs_input_grad[:3]]
         loss, ctx.gradients = _evaluate(*tensors, plan=plan, needs=needs)
         ctx.save_for_backward(*tensors)
         ctx.plan, ctx.needs = plan, needs
@@ -200,12 +200,7 @@ def _evaluate(
         dgain = None if dw is None or gain_s is None else torch.zeros_like(gain_s)
         rows, hold = plan.rows(B, S + T, K)
         for b in _slices(B, rows):
-            lse_s, lse_t, held = bias.new_full((S, 1, 1), -torch.inf), bias.new_full((T, 1, 1), -torch.inf), {}
-            for k in _slices(K, plan.chunk):
-                s, t = student.scores(b, student.prototypes(k)), teacher.scores(b, teacher.prototypes(k))
-                lse_s, lse_t = _absorb(lse_s, s), _absorb(lse_t, t, bias[..., k])
-                if hold:
-                    held[k.start] = s, t
+            lse_s, lse_t, held = _log_sums(student, teacher, bias, b, plan.chunk, hold)
             loss += (weight[:, :, b].sum(0) * lse_s).sum()
             z = student.z[:, b].flatten(0, 1)
             for k in _slices(K, plan.chunk):
@@ -217,11 +212,25 @@ def _evaluate(
                     dz[:, b].add_(g @ w)
                 if dw is not None:
                     dw[k].add_(g.flatten(0, 1).T @ z)
-                    if dgain is not None and b.stop == B:
-                        dgain[k] = _through_unit_length(dw[k], direction_s[k], student.scale[k], student.lengths[k])
+                    if dgain is not None and b.stop == B:  # the last rows: dw is whole, and still near the core
+                        dgain[k] = student.through_norm(dw[k], k)
         if dz is not None:
             dz /= plan.temps[0]
         return loss, [dz, dw if needs[1] else None, dgain if needs[2] else None]
+
+
+def _log_sums(
+    student: _Side, teacher: _Side, bias: Tensor, b: slice, chunk: int, hold: bool
+) -> tuple[Tensor, Tensor, dict[int, tuple[Tensor, Tensor]]]:
+    """Log-sum-exps (V, b, 1) of student and teacher, and if `hold` the scores of each chunk, by its first prototype."""
+    lse_s, lse_t = (bias.new_full((len(x.z), 1, 1), -torch.inf) for x in (student, teacher))
+    held = {}
+    for k in _slices(student.count, chunk):
+        s, t = (x.scores(b, x.prototypes(k)) for x in (student, teacher))
+        lse_s, lse_t = _absorb(lse_s, s), _absorb(lse_t, t, bias[..., k])
+        if hold:
+            held[k.start] = s, t
+    return lse_s, lse_t, held
 
 
 @compilable
@@ -249,11 +258,8 @@ def _gradient(
 
 
 @compilable
-def _through_unit_length(dw: Tensor, direction: Tensor, scale: Tensor, lengths: Tensor) -> Tensor:
-    """dw (k, P), the gradient for w = gain · direction / |direction|, becomes in place that for direction.
-
-    -> the gradient for gain (k, 1)
-    """
+def _through_norm(dw: Tensor, direction: Tensor, scale: Tensor, lengths: Tensor) -> Tensor:
+    """`_Side.through_norm`.  direction, dw (k, P), scale = gain/|direction| and lengths (k, 1)."""
     v = full_precision(direction)
     dgain = (dw * v).sum(-1, keepdim=True) / lengths
     dw.mul_(scale).addcmul_(v, dgain * scale / lengths, value=-1)
@@ -267,3 +273,7 @@ def _parts(prototypes: Tensor | Prototypes) -> tuple[Tensor, Tensor | None]:
 
 def _slices(total: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, total)) for i in range(0, total, size))
+
+
+def _sizes(x: Tensor) -> tuple[int, int]:
+    return SIZES.get(x.device.type, SIZES["cuda"])

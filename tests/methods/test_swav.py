@@ -6,10 +6,10 @@ from toy import ToyEncoder, assert_all_close, grads, group, layer, load, view
 
 from conftest import random_views, tiny_encoder
 from triptych.data.views import Views
-from triptych.losses import sinkhorn
 from triptych.methods import SwAVConfig, build
 from triptych.methods.swav import SwAV
 from triptych.optim import OptimConfig, make_optimizer, set_rates
+from triptych.prototype_loss import sinkhorn_center
 from triptych.schedules import Progress
 from triptych.tokens import TokenSpec
 
@@ -43,15 +43,20 @@ def test_the_loss_is_equation_1_written_as_loops():
     torch.testing.assert_close(method(views, Progress(0, 10)).loss, loss, rtol=0, atol=1e-12)
 
 
+def codes_of(scores, epsilon, iterations):
+    eye = torch.eye(scores.shape[1], dtype=scores.dtype)  # prototypes: embeddings are then the scores
+    return ((scores - sinkhorn_center(scores, eye, epsilon, iterations)) / epsilon).softmax(-1)
+
+
 def test_codes_equal_the_authors(golden):
     g = golden("swav_sinkhorn")
     for iterations in (1, 3, 10):
-        codes = sinkhorn(g["scores"], float(g["cfg.epsilon"]), iterations)
+        codes = codes_of(g["scores"], float(g["cfg.epsilon"]), iterations)
         torch.testing.assert_close(codes, g[f"codes_iter{iterations}"], rtol=0, atol=1e-12)
 
 
 def test_with_enough_iterations_rows_sum_to_one_and_prototypes_are_used_alike():
-    codes = sinkhorn(torch.randn(12, 4, dtype=torch.float64), 0.5, 200)
+    codes = codes_of(torch.randn(12, 4, dtype=torch.float64), 0.5, 200)
     torch.testing.assert_close(codes.sum(1), torch.ones(12, dtype=torch.float64))
     torch.testing.assert_close(codes.sum(0), torch.full((4,), 3.0, dtype=torch.float64))
 
@@ -85,7 +90,13 @@ def test_training_steps_equal_the_authors(golden, queue):
     momentum, decay = g["cfg.sgd"].tolist()
     optimizer = make_optimizer(method, OptimConfig(kind="sgd", momentum=momentum, decay="all"))
     codes = []
-    method.codes = lambda u, view: codes.append(SwAV.codes(method, u, view)) or codes[-1]
+
+    def balance(u, view):
+        center = SwAV.balance(method, u, view)
+        codes.append(((u @ method.student.prototypes.weight.T - center) / config.epsilon).softmax(-1))
+        return center
+
+    method.balance = balance
     steps = 4 if queue else 3
     for i in range(steps):
         t = Progress(i, steps)

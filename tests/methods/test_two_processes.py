@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 from conftest import GOLDEN, tiny_encoder
-from triptych.losses import contrast, gathered_keys, sinkhorn
+from triptych.losses import contrast, gathered_keys
 from triptych.methods import build, iBOTConfig
-from triptych.prototype_loss import masked_cross_entropy, other_views, prototype_cross_entropy
+from triptych.prototype_loss import masked_cross_entropy, other_views, prototype_cross_entropy, sinkhorn_center
 from triptych.schedules import Progress
 from triptych.tokens import TokenSpec
 
@@ -60,7 +60,10 @@ def mocov3(rank: int) -> None:
 
 def swav(rank: int) -> None:
     g = load("swav_sinkhorn_2ranks", rank)
-    close(sinkhorn(g["in.scores"], float(g["cfg.epsilon"]), int(g["cfg.iterations"])), g["out.codes"])
+    scores, epsilon = g["in.scores"], float(g["cfg.epsilon"])
+    eye = torch.eye(scores.shape[1], dtype=scores.dtype)  # prototypes: embeddings are then the scores
+    center = sinkhorn_center(scores, eye, epsilon, int(g["cfg.iterations"]))
+    close(((scores - center) / epsilon).softmax(-1), g["out.codes"])
 
 
 def process(rank: int, folder: str) -> None:

@@ -214,7 +214,7 @@ def _keep_shares(x: Stream, p: float) -> tuple[Tensor, Tensor | None] | None:
 
 @compilable
 def _queries_keys_values(block: Block, rows: Tensor) -> Tensor:
-    return norm_linear(block.norm1, block.attn.qkv, rows)
+    return norm_linear(block.norm1, cast(Attention, block.attn).qkv, rows)
 
 
 def _projected(block: Block, rows: Tensor, attended: list[Tensor]) -> Tensor:

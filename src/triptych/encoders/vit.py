@@ -153,14 +153,14 @@ class ViT(Encoder):
     def _embed(self, inputs: Sequence[Crops]) -> tuple[Stream, list[tuple[int, int] | None]]:
         """Tokens of every crop, prefix before patches; grids of those that kept all their patches."""
         parts, grids = zip(*(self._embedded(c) for c in inputs), strict=True)
-        shapes, rows = [x.shape[:2] for x in parts], packed(parts)
+        shapes, rows = [(x.shape[0], x.shape[1]) for x in parts], packed(parts)
         if self.aux_tokens is None:
             return Stream(rows, shapes), list(grids)
         count = self.aux_tokens.shape[1]
         if self._uncut:
             own = [self.aux_tokens.expand(len(x), -1, -1).to(x.dtype) for x in parts]
             joined = [torch.cat(pair, 1) for pair in zip(parts, own, strict=True)]
-            return Stream(packed(joined), [x.shape[:2] for x in joined], None, count), list(grids)
+            return Stream(packed(joined), [(b, n + count) for b, n in shapes], None, count), list(grids)
         aux = self.aux_tokens.expand(sum(b for b, _ in shapes), -1, -1).flatten(0, 1).to(rows.dtype)
         return Stream(rows, shapes, aux, count), list(grids)
 

@@ -126,7 +126,8 @@ class Supervised(Method):
         assert labels is not None, "`view_spec` asks for labels"
         assert self.config.classes
         if self.erase is not None:
-            self.erase.device = images.device  # where timm draws its noise: on the host, the GPU would wait for it
+            # Where timm draws its noise: drawn on the host, the GPU would wait for it.
+            self.erase.device = images.device  # type: ignore[assignment]
             images = self.erase(images.clone())
         if self.mix is not None:  # the batch with itself in reverse
             if len(images) % 2:

@@ -16,8 +16,9 @@ from triptych.data.views import Views
 from triptych.distributed import all_gather, rank, world_size
 from triptych.encoders.base import Encoder
 from triptych.heads import MLP
-from triptych.losses import similarity, sinkhorn, unit
+from triptych.losses import unit
 from triptych.methods.base import Carry, Method, Step, Tower
+from triptych.prototype_loss import other_views, prototype_cross_entropy, sinkhorn_center
 from triptych.schedules import Progress
 from triptych.tokens import Tokens
 
@@ -80,24 +81,26 @@ class SwAV(Method):
 
     def global_loss(self, q_s: Tensor, z_t: Tensor, t: Progress) -> Step:
         """q_s (V, B, P): what predicts; z_t (2, B, P): what is assigned; view i of both is the same crop."""
-        w, u_t = self.student.prototypes.weight, unit(z_t.detach())
-        log_p = (similarity(unit(q_s), w) / self.config.temperature).log_softmax(-1)  # (V, B, K)
-        losses = []
-        for i in range(len(u_t)):
-            code = self.codes(u_t[i], i)
-            losses += [-(code * log_p[v]).sum(-1).mean() for v in range(len(log_p)) if v != i]
-        loss = torch.stack(losses).mean()  # (1)
+        w, u_s, u_t = self.student.prototypes.weight, unit(q_s), unit(z_t.detach())
+        with torch.autocast(u_t.device.type, enabled=False):  # ε would make much of bf16's rounding
+            loss = prototype_cross_entropy(  # (1)
+                u_s,
+                w,
+                u_t,
+                w,
+                center=torch.stack([self.balance(u, i) for i, u in enumerate(u_t)]),
+                student_temp=self.config.temperature,
+                teacher_temp=self.config.epsilon,
+                weight=other_views(len(u_t), len(u_s), u_s.shape[1], like=u_s),
+            )
         return Step(loss, {"swav": loss}, {"u_t": u_t})
 
-    @torch.no_grad()
-    def codes(self, u: Tensor, view: int) -> Tensor:
-        """(3): u (B, P) of one view -> (B, K)."""
-        rows = u
+    def balance(self, u: Tensor, view: int) -> Tensor:
+        """(3): the centre c (K,) with which the codes of one view's u (B, P) are softmax( (u·w − c) / ε )."""
         if self.config.queue and self.known >= self.config.queue:  # a full queue only
             # Every process brings its part of the queue: together they are one batch beside one queue.
-            rows = torch.cat([self.queue[view].tensor_split(world_size())[rank()].to(u), u])
-        scores = similarity(rows, self.student.prototypes.weight)
-        return sinkhorn(scores, self.config.epsilon, self.config.iterations)[-len(u) :]
+            u = torch.cat([self.queue[view].tensor_split(world_size())[rank()].to(u), u])
+        return sinkhorn_center(u, self.student.prototypes.weight, self.config.epsilon, self.config.iterations)
 
     def other_losses(self, S: list[Tokens], T: list[Tokens], z_t: Tensor, views: Views, t: Progress) -> Step:
         return Step(0.0, {})
