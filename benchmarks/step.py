@@ -1,120 +1,79 @@
-"""A training step: DINO against UDI, fp32 against bf16, and the prototype loss against its textbook form.
+"""Our training steps beside each other, on the same crops: what MTE adds to DINO, and how UDI and iBOT compare.
 
-    python benchmarks/step.py --arch vit_small_patch16_224 --batch 4 --prototypes 65536
+    python benchmarks/step.py --batch 4 --methods dino mte_dino
 
-Random pixels; the same encoder, batch and crops (2 x 224 + 8 x 96) for both methods.
+ViT-S/16 recipes for ImageNet-1k with 65536 prototypes (iBOT 8192), on 2 x 224 crops and on 2 x 224 + 10 x 96.  The
+authors' code is in official.py, the prototype loss alone in prototype_loss.py.
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from timing import interleaved, report
-from triptych.data.crops import stratified_sample
-from triptych.data.views import View, Views
-from triptych.encoders import ViTConfig
-from triptych.losses import other_views, prototype_cross_entropy
-from triptych.methods import DINOConfig, UDIConfig
-from triptych.optim import clip_gradients, make_optimizer, set_rates
-from triptych.recipe import Recipe, build_method
-from triptych.schedules import Progress
+from ours import Ours, peak_mib, sized
+from timing import RESULTS, Ratio, report, rounds_of
+from triptych.recipes import RECIPES
 
-
-def batch_of(images: int, patch: int) -> Views:
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-
-    def view(side: int, window: int) -> View:
-        low, high = torch.rand(images, 2) * 0.3, 0.6 + torch.rand(images, 2) * 0.4
-        grid = side // patch, side // patch
-        samples = [torch.from_numpy(stratified_sample(grid, window, rng)) for _ in range(images)]
-        box = torch.cat([low, high], 1)
-        return View(torch.randn(images, 3, side, side), box, torch.full((images, 2), 0.002), torch.stack(samples))
-
-    return Views([view(224, 3) for _ in range(2)], [view(96, 2) for _ in range(8)])
+RECIPE = {
+    "dino": "dino_vits16_2crop_in1k_100ep",
+    "mte_dino": "mte_dino_vits16_2crop_in1k_100ep",
+    "ibot": "ibot_vits16_in1k_100ep",
+    "udi": "udi_vits16_in1k_300ep",
+}
+GOAL = {"mte_dino": "<= 1.08"}  # of DINO's time
 
 
-def stepper(method_config, options, dtype: torch.dtype):
-    encoder = ViTConfig(arch=options.arch, drop_path=0.1)
-    method = build_method(Recipe(name="benchmark", method=method_config, encoder=encoder))
-    optimizer, views = make_optimizer(method, Recipe(name="b", method=method_config).optim), batch_of(options.batch, 16)
-
-    def step() -> None:
-        t = Progress(10, 100, 5)
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            out = method(views, t)
-        out.loss.backward()
-        method.after_backward(t)
-        clip_gradients(method.parameters(), 3.0)
-        set_rates(optimizer, 1e-4, 0.04)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        method.update([out.carry], t)
-
-    return step
-
-
-def losses(options):
-    """The same cross-entropies, ours and as usually written: a softmax of the student for every pair of views."""
-    g = torch.Generator().manual_seed(0)
-    z_s = F.normalize(torch.randn(10, options.batch, 256, generator=g), dim=-1).requires_grad_()
-    z_t = F.normalize(torch.randn(2, options.batch, 256, generator=g), dim=-1)
-    w_s = F.normalize(torch.randn(options.prototypes, 256, generator=g), dim=-1).requires_grad_()
-    w_t, center = w_s.detach().clone(), torch.zeros(options.prototypes)
-
-    def ours() -> torch.Tensor:
-        weight = other_views(2, 10, options.batch, like=z_s)
-        temperatures = {"student_temp": 0.1, "teacher_temp": 0.04}
-        return prototype_cross_entropy(z_s, w_s, z_t, w_t, center=center, weight=weight, **temperatures)
-
-    def textbook() -> torch.Tensor:
-        g_s, total = z_s @ w_s.T / 0.1, torch.zeros(())
-        p_t = ((z_t @ w_t.T - center) / 0.04).softmax(-1)
-        for v in range(2):
-            for s in range(10):
-                if s != v:
-                    total = total - (p_t[v] * g_s[s].log_softmax(-1)).sum(-1).mean()
-        return total / 18
-
-    torch.testing.assert_close(ours(), textbook(), rtol=1e-5, atol=1e-5)
-
-    def timed(loss):
-        def run() -> None:
-            z_s.grad = w_s.grad = None
-            loss().backward()
-
-        return run
-
-    return {"loss, ours": timed(ours), "loss, textbook": timed(textbook)}
-
-
-def main() -> None:
+def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="vit_small_patch16_224")
+    parser.add_argument("--methods", nargs="+", choices=list(RECIPE), default=["dino", "mte_dino"])
+    parser.add_argument("--arch", default="vit_small_patch16_224", help="timm's name")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--prototypes", type=int, default=65536)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    options = parser.parse_args()
-    contenders = {}
-    for name, kind in (("DINO", DINOConfig), ("UDI", UDIConfig)):
-        for dtype in options.dtypes:
-            step = stepper(kind(prototypes=options.prototypes), options, getattr(torch, dtype))
-            contenders[f"{name}, {dtype}"] = step
-    steps = interleaved(contenders, options.rounds)
-    alone = interleaved(losses(options), options.rounds)
-    table = ["| step | images/s | time over the first |", "|---|---|---|"]
-    table += [f"| {n} | {options.batch / s:.2f} | {s / next(iter(steps.values())):.2f} |" for n, s in steps.items()]
-    table += ["", "| loss, forward and backward, 2 + 8 crops | ms | ratio |", "|---|---|---|"]
-    table += [f"| {n} | {1000 * s:.1f} | {alone['loss, textbook'] / s:.2f} |" for n, s in alone.items()]
-    command = (
-        f"python benchmarks/step.py --arch {options.arch} --batch {options.batch} --prototypes {options.prototypes}"
-        f" --rounds {options.rounds} --dtypes {' '.join(options.dtypes)}"
-    )
-    report("step", f"Training step, {options.arch}, 2 x 224 + 8 x 96, K = {options.prototypes}", command, table)
+    parser.add_argument("--locals", type=int, nargs="+", default=[0, 10], help="local crops")
+    parser.add_argument("--prototypes", type=int, help="default: the recipes'")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's CPU seconds")
+    parser.add_argument("--memory", action="store_true", help="peak memory of a step too")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    options = parser.parse_args(words)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    rows = [row for n in options.locals for dtype in options.dtypes for row in beside_the_first(n, dtype, options)]
+    table = [
+        "| crops, dtype | method | images/s | time over the first: median [least, most] of rounds | goal | MiB |",
+        "|---" * 6 + "|",
+    ]
+    for r in rows:
+        crops = f"2 + {r['local_crops']}" if r["local_crops"] else "2"
+        cells = [f"{crops}, {r['dtype']}", r["method"], f"{r['batch'] / min(r['seconds']):.2f}"]
+        cells += [str(Ratio(**r["over_first"])), GOAL.get(r["method"], "-"), f"{r.get('mib', 0):.0f}"]
+        table.append(f"| {' | '.join(cells)} |")
+    title = f"Training steps beside each other, {options.arch} on {options.device}, clock: {options.clock}"
+    report("step", title, f"python benchmarks/step.py {' '.join(words)}", table, rows, folder=options.out)
+
+
+def beside_the_first(local_crops: int, dtype: str, options: argparse.Namespace) -> list[dict]:
+    """One row per method."""
+    asked = {"arch": options.arch, "batch": options.batch, "local_crops": local_crops}
+    asked |= {"prototypes": options.prototypes, "checkpoint": options.checkpointing}
+    asked |= {"compile": "on" if options.compile else "off"}
+    recipes = {name: sized(RECIPES[RECIPE[name]](), **asked) for name in options.methods}
+    steps = {name: Ours(recipe, options.device, getattr(torch, dtype)) for name, recipe in recipes.items()}
+    seconds = rounds_of(steps, options.rounds, options.clock)
+    first, rows = seconds[options.methods[0]], []
+    for name, step in steps.items():
+        row = {"method": name, "local_crops": local_crops, "dtype": dtype, "batch": options.batch}
+        row |= {"arch": options.arch, "device": options.device, "checkpointing": options.checkpointing}
+        row |= {"compile": options.compile, "clock": options.clock, "seconds": seconds[name]}
+        row |= {"over_first": vars(Ratio.of(seconds[name], first))}
+        rows.append(row | ({"mib": peak_mib(step, options.device)} if options.memory else {}))
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

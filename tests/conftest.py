@@ -1,6 +1,7 @@
 """Small encoders and batches that the tests share."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,3 +120,13 @@ def random_views(
 
     crops = [view(size, windows[0], masked=True) for _ in range(2)], [view(local, windows[1]) for _ in range(n_local)]
     return Views(*crops, labels=torch.arange(images) % 3)
+
+
+def of_images(views: Views, change) -> Views:
+    """The views with their images chosen or ordered anew: `change` takes a tensor with one row per image."""
+
+    def counted(view: View) -> View:
+        return view if view.mask is None else replace(view, hidden=view.mask.flatten().nonzero()[:, 0])
+
+    changed = views.map(change)
+    return Views([counted(v) for v in changed.global_crops], changed.local_crops, changed.labels)

@@ -182,7 +182,7 @@ def test_the_dotted_names_are_frozen():
     groups = {n.split(".")[0] for n in names}
     assert groups == {
         *("name", "method", "encoder", "views", "optim", "batch", "accumulate", "epochs", "seed", "precision"),
-        *("loader", "health", "checkpoint"),
+        *("compile", "loader", "health", "checkpoint"),
     }
     assert {n for n in names if n.startswith("views.")} == {
         f"views.{n}"

@@ -17,13 +17,13 @@ from triptych.data.loader import close, default_workers
 from triptych.data.sources import Source
 from triptych.evals.features import EvalTransform, extract, select
 from triptych.evals.knn import knn as nearest_neighbours
-from triptych.feed import next_batch, settle_colour, view_batches
+from triptych.feed import first_views, next_batch, settle_colour, view_batches
 from triptych.flops import Flops
 from triptych.memory import LiveMemory
 from triptych.recipe import Recipe
 from triptych.schedules import Progress
 from triptych.spans import now, recorded
-from triptych.step import PARTS, Stepper, autocast_dtype
+from triptych.step import PARTS, Stepper, autocast_dtype, settle_compile
 from triptych.syncs import DEVICE, host_syncs
 
 WARM_UP = 2  # runs before the first that counts
@@ -49,6 +49,9 @@ class Bench:
         """Measure what a run measures before it begins; `out` is that of no run."""
         patch_size = self.stepper.method.encoder.patch_size
         self.recipe = settle_colour(self.recipe, self.source, patch_size, self.device, out, say)
+        views = lambda: first_views(self.recipe, self.source, patch_size, self.device)  # noqa: E731
+        self.recipe = settle_compile(self.recipe, self.device, views, out, say)
+        self.stepper.recipe = self.recipe
 
     @cached_property
     def stepper(self) -> Stepper:

@@ -147,8 +147,11 @@ class Ensemble(nn.Module):
         return torch.stack([head(a) for head, a in zip(heads, tokens, strict=True)])
 
     def forward(self, views: list[Tokens]) -> Tensor:
-        z = self.embeddings(torch.stack([self.tokens(x) for x in views], 1))  # (M, V, B, P)
-        return (F.normalize(z, dim=-1) if self.config.fusion == "unit" else z).mean(0)  # (3)
+        return self.fused(self.embeddings(torch.stack([self.tokens(x) for x in views], 1)))
+
+    def fused(self, z: Tensor) -> Tensor:
+        """(M, ..., B, P) -> (..., B, P), by (3)."""
+        return (F.normalize(z, dim=-1) if self.config.fusion == "unit" else z).mean(0)
 
     def _pooled(self, patch: Tensor, grid: tuple[int, int] | None) -> Tensor:
         k = self.config.pooled

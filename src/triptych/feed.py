@@ -8,7 +8,7 @@ import torch
 from triptych import distributed
 from triptych.data import placement
 from triptych.data.batches import Batches
-from triptych.data.loader import ViewDataset, default_workers, make_loader
+from triptych.data.loader import ViewDataset, close, default_workers, make_loader
 from triptych.data.sources import Source
 from triptych.data.views import Views
 from triptych.errors import UserError
@@ -56,6 +56,15 @@ def view_batches(
     world = distributed.rank(), distributed.world_size()
     batches = Batches(len(source), recipe.batch, recipe.epochs, recipe.seed, recipe.accumulate, *world, start)
     return iter(make_loader(dataset, batches, recipe.loader, pin=device.type == "cuda"))
+
+
+def first_views(recipe: Recipe, source: Source, patch_size: int, device: torch.device) -> Views:
+    """This process's views of the first batch."""
+    batches = view_batches(recipe, source, patch_size, device)
+    try:
+        return next_batch(batches)[0]
+    finally:
+        close(batches)
 
 
 def _cached(recipe: Recipe, source: Source, show: Callable[[str], None]) -> Source:

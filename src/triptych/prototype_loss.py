@@ -250,7 +250,7 @@ def _gradient(
     """
     p = full_precision(t).add_(bias).sub_(lse_t).exp_()
     target = weight[0] * p[0]  # q (S, b, k)
-    for weight_v, p_v in zip(weight[1:], p[1:], strict=True):
+    for weight_v, p_v in zip(weight[1:], p[1:], strict=True):  # compiled, one loop over k does all of it
         target.addcmul_(weight_v, p_v)
     s = full_precision(s)
     agreement = torch.dot(target.flatten(), s.flatten())

@@ -29,7 +29,10 @@ def eval_tokens(run: str, data: str, test: str | None, out: Path, *, weights, si
     side = Side.of(method.to(device()).eval(), weights == "student")
     shown = "untrained" if weights == "untrained" else side.weights
     transform = _transform(recipe, side.encoder, size)
-    train, held = (extract_tokens(side, source, transform, device=device()) for source in pair)
+    # Pseudo-labels are those of the test images alone.
+    train, held = (
+        extract_tokens(side, source, transform, embeddings=source is pair[1], device=device()) for source in pair
+    )
     labels = []
     for source, features in zip(pair, (train, held), strict=True):
         say_unreadable(source, features.indices)
@@ -45,9 +48,13 @@ def eval_tokens(run: str, data: str, test: str | None, out: Path, *, weights, si
         console.print(
             "the ensemble of a supervised run has no average: all tokens are of the weights as trained", soft_wrap=True
         )
+    whole = sum(len(features.indices) for features in (train, held))
+    of = "every image" if result.removal_images == whole else f"{result.removal_images} images of {whole}"
     same = "is the same to the last bit" if result.removal_is_exact else "is NOT the same"
     console.print(
-        f"without the auxiliary tokens the global token of every image {same}", highlight=False, soft_wrap=True
+        f"without the auxiliary tokens the global token of {of} {same}",
+        highlight=False,
+        soft_wrap=True,
     )
     if not result.removal_is_exact:
         sees = " (aux_sees uncut: other tokens attend to them)" if side.encoder.spec.aux_sees == "uncut" else ""

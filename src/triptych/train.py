@@ -23,7 +23,7 @@ from triptych.data.loader import close
 from triptych.data.sources import Source
 from triptych.data.views import Views
 from triptych.errors import Interrupted, NonFinite, UserError
-from triptych.feed import next_batch, settle_colour, view_batches
+from triptych.feed import first_views, next_batch, settle_colour, view_batches
 from triptych.health import measure
 from triptych.log import Metrics, ProgressLine, duration
 from triptych.methods import SupervisedConfig
@@ -71,8 +71,9 @@ class Run:
         self.source, self.out, self.device, self.console = source, out, device, console
         self.stepper = Stepper(recipe, device)
         self.method, self.optimizer = self.stepper.method, self.stepper.optimizer
-        recipe = settle_colour(recipe, source, self.method.encoder.patch_size, device, out, self._say)
-        recipe = settle_compile(recipe, device, lambda: self._first_views(recipe), out, self._say)
+        patch_size = self.method.encoder.patch_size
+        recipe = settle_colour(recipe, source, patch_size, device, out, self._say)
+        recipe = settle_compile(recipe, device, lambda: first_views(recipe, source, patch_size, device), out, self._say)
         self.recipe = self.stepper.recipe = recipe
         claim_folder(recipe, source, out)  # after what may refuse the recipe: a mistake leaves no folder behind
         self.steps_per_epoch = len(source) // recipe.batch
@@ -84,13 +85,6 @@ class Run:
         self.metrics = Metrics(out, self.start) if self.main else None
         self.progress = ProgressLine(console, enabled=self.main)
         self.pending: list[tuple[dict[str, Any], list[str], torch.Tensor]] = []
-
-    def _first_views(self, recipe: Recipe) -> Views:
-        batches = view_batches(recipe, self.source, self.method.encoder.patch_size, self.device)
-        try:
-            return next_batch(batches)[0]
-        finally:
-            close(batches)
 
     @property
     def checkpoints(self) -> Path:

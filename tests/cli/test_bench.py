@@ -91,7 +91,8 @@ def test_utilisation_is_model_flops_over_those_of_a_matrix_product(rows):
         assert 0 < row["mfu"] < 1
         rate = row["flops_per_image"] * row["images_per_second"]
         assert row["mfu"] == pytest.approx(rate / row["matmul_flops_per_second"])
-    assert rows["inference"]["flops_per_image"] == 2 * cost(recipe_of()).inference_macs
+    # `cost` counts all tokens; for the class token the last block leaves the patches' queries and MLP out.
+    assert 0.6 < rows["inference"]["flops_per_image"] / (2 * cost(recipe_of()).inference_macs) < 0.8
 
 
 def test_a_step_costs_up_to_three_forward_passes(rows):

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from conftest import random_views, tiny_encoder, tiny_swin
-from triptych.data.views import View, Views
+from conftest import of_images, random_views, tiny_encoder, tiny_swin
+from triptych.data.views import Views
 from triptych.methods import (
     BASES,
     METHODS,
@@ -223,7 +223,7 @@ def test_against_a_target_that_stands_still_the_loss_falls(case):
 @every_method
 def test_the_step_is_the_same_for_the_reversed_batch(case):
     method, views = make(case), random_views()
-    reverse = views.map(lambda x: x.flip(0))
+    reverse = of_images(views, lambda x: x.flip(0))
     torch.testing.assert_close(method(views, T).loss, method(reverse, T).loss)
 
 
@@ -256,15 +256,8 @@ def test_views_of_any_two_sizes_train(case):
 
 
 def halves(views: Views) -> list[Views]:
-    def part(v: View, i: int) -> View:
-        n = len(v.images) // 2
-        return v.map(lambda x: x[i * n : (i + 1) * n])
-
-    labels = views.labels.chunk(2)
-    return [
-        Views([part(v, i) for v in views.global_crops], [part(v, i) for v in views.local_crops], labels[i])
-        for i in (0, 1)
-    ]
+    n = len(views) // 2
+    return [of_images(views, lambda x, i=i: x[i * n : (i + 1) * n]) for i in (0, 1)]
 
 
 def _process(rank: int, folder: str) -> None:

@@ -154,7 +154,6 @@ def test_a_run_of_an_older_version_goes_on_with_its_workers(tmp_path, monkeypatc
     del about["loader"]["colour"], about["loader"]["cache_side"]
     file.write_text(yaml.safe_dump(about))
     monkeypatch.setattr(placement, "choose", lambda *_: pytest.fail("it was measured"))
-    assert feed.stored(tmp_path / "a", "loader.colour", "workers") == "workers"
     _, printed = run(tmp_path / "a", "--epochs", "1")
     assert "is finished" in printed
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from triptych.errors import UserError
-from triptych.evals.knn import DEFAULT_K, _chunk_sizes, check_sets, knn, knn_votes, label_rank
+from triptych.evals.knn import DEFAULT_K, check_sets, knn, knn_votes, label_rank
+from triptych.evals.neighbours import Sizes
+from triptych.memory import LiveMemory
 
 GOLDEN_K = (1, 5, 10, 20, 50, 100, 200)
 
@@ -81,19 +83,21 @@ def test_rank_counts_the_classes_ahead_and_nan_never_wins():
 
 def test_little_memory_changes_nothing():
     train, labels = corners(5000)
-    test, test_labels = corners(130, seed=1)
-    step, width = _chunk_sizes(train.shape, 130, 200, 9, 1)
-    assert step < 130 / 2, "1 MiB must cut the test set"
-    assert width < 5000 / 2, "1 MiB must cut the bank"
+    test, test_labels = corners(200, seed=1)
+    sizes = Sizes.of(5000, 200, [16], [[0]], 200, 1)
+    assert sizes.rows < sizes.searched < 200, "1 MiB must cut the test set"
+    assert sizes.width < 5000 / 2, "1 MiB must cut the bank"
     small, large = (knn_votes(train, labels, test, k=200, memory_mb=mb) for mb in (1, 4096))
     assert torch.equal(small, large)
     small, large = (knn(train, labels, test, test_labels, memory_mb=mb) for mb in (1, 4096))
     assert small == large
 
 
-def test_similarities_fit_the_memory():
-    step, width = _chunk_sizes(torch.Size([1_000_000, 1536]), 50_000, 200, 1000, 512)
-    assert step * (8 * width + 8 * (3 * 1000 + 8 * 200)) + 12 * 1536 * width <= 512 * 2**20
+def test_votes_count_towards_the_memory():
+    (train, labels), (test, test_labels) = blobs(3000, classes=400), blobs(1000, classes=400, seed=1)
+    with LiveMemory() as memory:
+        knn(train, labels, test, test_labels, memory_mb=8)
+    assert memory.peak <= 8 * 2**20
 
 
 def test_equal_similarities_go_to_the_lower_index():

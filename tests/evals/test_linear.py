@@ -47,7 +47,7 @@ def test_a_rate_equals_sgd_with_cosine_annealing(weight_decay):
     probe = _Probe(recipe(lrs, weight_decay=weight_decay), x, torch.Generator().manual_seed(0))
     for column, lr in enumerate(lrs):
         head = torch.nn.Linear(8, 4)
-        head.weight.data.copy_(_Probe(recipe(lrs), x, torch.Generator().manual_seed(0)).weight.view(8, 4, 2)[..., 0].T)
+        head.weight.data.copy_(_Probe(recipe(lrs), x, torch.Generator().manual_seed(0)).weight.view(8, 2, 4)[:, 0].T)
         head.bias.data.zero_()
         assert 0.005 < head.weight.std() < 0.02
         sgd = torch.optim.SGD(head.parameters(), lr=lr * batch / 256, momentum=0.9, weight_decay=weight_decay)
@@ -62,8 +62,8 @@ def test_a_rate_equals_sgd_with_cosine_annealing(weight_decay):
                     decay = batch / 256 * (1 + math.cos(math.pi * epoch / epochs)) / 2
                     probe.step(x[rows], y[rows], decay)
             schedule.step()
-        torch.testing.assert_close(probe.weight.view(8, 4, 2)[..., column].T, head.weight.data, rtol=0, atol=1e-6)
-        torch.testing.assert_close(probe.bias.view(4, 2)[:, column], head.bias.data, rtol=0, atol=1e-6)
+        torch.testing.assert_close(probe.weight.view(8, 2, 4)[:, column].T, head.weight.data, rtol=0, atol=1e-6)
+        torch.testing.assert_close(probe.bias.view(2, 4)[column], head.bias.data, rtol=0, atol=1e-6)
 
 
 def test_the_reported_accuracy_is_that_of_sgd_over_all_train_images():

@@ -205,7 +205,7 @@ def test_one_token_without_prototypes_and_a_class_without_test_images_leave_gaps
     ("change", "says"),
     [
         ({"names": ["global"]}, "one name for each token"),
-        ({"train": torch.zeros(5, 4)}, r"shape \(5, 4\)"),
+        ({"train": torch.zeros(5, 4)}, r"shapes \[\(4,\)"),
         ({"prototypes": None}, "both, or neither"),
         ({"prototypes": torch.zeros(9, 5)}, r"prototypes \(9, 5\)"),
         ({"test_labels": torch.zeros(4, dtype=torch.int64)}, "test labels"),

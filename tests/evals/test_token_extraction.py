@@ -1,5 +1,7 @@
 """Tokens of either side of every method that has some, and what is measured on them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from triptych.data.sources import open_source
 from triptych.errors import UserError
 from triptych.evals.features import EvalTransform, extract, labels_of
 from triptych.evals.knn import knn
+from triptych.evals.spill import Rows, on_disk
 from triptych.evals.tokens import Side, extract_tokens, measure_tokens
 from triptych.methods import BASES, METHODS, DINOConfig, HSSLConfig, MTEConfig, SupervisedConfig, build
 
@@ -25,6 +28,27 @@ def source(tmp_path_factory):
         for i in range(5):
             Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(folder / f"class{c}" / f"{i}.png")
     return open_source(folder)
+
+
+class CountedRuns:
+    """How often an encoder, or a copy that is made of it inside, runs."""
+
+    def __init__(self, encoder):
+        self.encoder, self.count = encoder, 0
+
+    def __enter__(self):
+        self.kind, run = type(self.encoder), type(self.encoder).run
+        token = self.encoder.trunk.norm.weight  # copies have the same values
+
+        def counted(encoder, *arguments):
+            self.count += torch.equal(encoder.trunk.norm.weight, token)
+            return run(encoder, *arguments)
+
+        self.before, self.kind.run = run, counted
+        return self
+
+    def __exit__(self, *_):
+        self.kind.run = self.before
 
 
 def make(config, build_encoder=tiny_encoder):
@@ -57,8 +81,9 @@ def test_removal_changes_no_bit_of_the_global_token_of_any_base(source, base, st
     assert x.embeddings.shape == (1 + len(x.names), 15, 4)
     torch.testing.assert_close(x.fused, x.embeddings[1:].mean(0))
     exported, indices = extract(side.encoder.without("aux"), source, TRANSFORM, batch=4, workers=0)
-    assert torch.equal(x.after, exported)
+    torch.testing.assert_close(x.after, exported, rtol=0, atol=1e-6)  # which leaves out the last block's patches
     assert torch.equal(x.indices, indices)
+    assert (x.compared, x.difference) == (15, 0)
     assert (side.prototypes is None) == ("prototypes" not in base.model_fields)
 
 
@@ -67,6 +92,49 @@ def test_teacher_and_student_have_tokens_of_their_own(source):
     sides = [extract_tokens(Side.of(method, student), source, TRANSFORM, workers=0) for student in (False, True)]
     for name in ("after", "tokens", "embeddings", "fused"):
         assert not torch.equal(*(getattr(x, name) for x in sides))
+
+
+def test_only_so_many_images_are_compared_unless_they_differ(source):
+    calls = {}
+    for sees in ("all", "uncut"):
+        side = Side.of(make(MTEConfig(base=small(DINOConfig), aux_sees=sees, **ENSEMBLE)))
+        with CountedRuns(side.encoder) as runs:
+            x = extract_tokens(side, source, TRANSFORM, compared=4, batch=4, workers=0)
+        calls[sees] = runs.count
+        assert x.compared == (4 if sees == "all" else 15)
+        assert (x.difference == 0) == (sees == "all")
+        assert torch.equal(x.before[4:], x.after[4:]) == (sees == "all")
+    assert calls == {"all": 4 + 1, "uncut": 4 + 4}, "batches of 4, 4, 4 and 3 images"
+
+
+def test_the_teacher_alone_runs_and_features_may_leave_out_embeddings(source):
+    method = make(MTEConfig(base=small(DINOConfig), **ENSEMBLE))
+    with CountedRuns(method.student.encoder) as student, CountedRuns(method.teacher.encoder) as teacher:
+        x = extract_tokens(Side.of(method), source, TRANSFORM, embeddings=False, compared=0, workers=0)
+    assert (student.count, teacher.count) == (0, 1)
+    assert x.embeddings is None
+
+
+def test_what_does_not_fit_into_memory_lies_in_a_file_that_goes_with_the_tensor(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIPTYCH_CACHE", str(tmp_path))
+    rows = Rows(10)
+    parts = torch.randn(2, 7, 3).split([4, 3], 1)
+    for part in parts:
+        rows.add(a=part, b=part[0])
+    assert torch.equal(rows["a"], torch.cat(parts, 1))
+    assert torch.equal(rows["b"], rows["a"][0])
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert maps.read_text().count(f"{tmp_path}/features") == 2
+        del rows
+        assert maps.read_text().count(f"{tmp_path}/features") == 0
+    assert not any((tmp_path / "features").iterdir())
+
+
+def test_no_room_on_disk_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIPTYCH_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="set TRIPTYCH_CACHE to another folder"):
+        on_disk(2**40, 2**10)
 
 
 def test_where_other_tokens_see_them_removal_is_not_exact_and_the_result_says_so(source):
@@ -86,7 +154,7 @@ def test_accuracies_are_those_of_knn_on_each_feature(source):
 
     def part(chosen):
         values = {
-            k: v if isinstance(v, list) else v[..., chosen] if v.ndim == 1 else v[..., chosen, :]
+            k: v if not isinstance(v, torch.Tensor) else v[..., chosen] if v.ndim == 1 else v[..., chosen, :]
             for k, v in vars(x).items()
         }
         return type(x)(**values)

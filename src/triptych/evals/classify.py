@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from triptych.data.sources import Source
 from triptych.errors import UserError
 from triptych.evals.features import EvalTransform, batches, labels_of
+from triptych.evals.frozen import frozen
 from triptych.evals.knn import label_rank
 from triptych.methods.base import Method
 from triptych.methods.supervised import Supervised
@@ -38,36 +39,36 @@ def check_supervised(method: Method, source: Source) -> Supervised:
     return method
 
 
-@torch.no_grad()
 def classify(
     method: Supervised,
     source: Source,
     transform: EvalTransform,
     *,
     average: bool = True,
-    batch: int = 256,
+    batch: int | None = None,
     device: torch.device | str = "cpu",
     workers: int | None = None,
 ) -> ClassifyResult:
     """average: "global" by the average of weights, where the run has one.  Images that cannot be read are left out.
+    batch: None = what is fast on the device.
 
     The ensemble reads the tokens of the weights it was trained with: it has no average of its own.
     """
     device, ensemble = torch.device(device), method.ensemble
-    method.to(device).eval()
     classifier: nn.Module = method.classifier if average else method.model
     names = ["global"] + ([] if ensemble is None else ["ensemble", *ensemble.names()])
     ranks: list[Tensor] = []
-    for index, images in batches(source, transform, batch=batch, device=device, workers=workers):
-        labels = labels_of(source, torch.tensor(index)).to(device)
-        tokens, logits = classifier(images)
-        scores = [logits]
-        if ensemble is not None:
-            if classifier is not method.model:
-                tokens = method.model.encoder(images)
-            each = ensemble.embeddings(ensemble.tokens(tokens))
-            scores += [each.mean(0), *each]  # the sum of logits ranks classes as their mean does
-        ranks.append(torch.stack([label_rank(s, labels) for s in scores]).cpu())
+    with frozen(method, device):
+        for index, images in batches(source, transform, batch=batch, device=device, workers=workers):
+            labels = labels_of(source, torch.tensor(index)).to(device)
+            tokens, logits = classifier(images)
+            scores = [logits]
+            if ensemble is not None:
+                if classifier is not method.model:
+                    tokens = method.model.encoder(images)
+                each = ensemble.embeddings(ensemble.tokens(tokens))
+                scores += [each.mean(0), *each]  # the sum of logits ranks classes as their mean does
+            ranks.append(torch.stack([label_rank(s, labels) for s in scores]).cpu())
     rank = torch.cat(ranks, 1)
     top1, top5 = (dict(zip(names, (100 * (rank < n).double().mean(1)).tolist(), strict=True)) for n in (1, 5))
     classes = method.config.classes

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from triptych.errors import UserError
+from triptych.evals.neighbours import index, nearest, similarity
 
 DEFAULT_K = (10, 20, 100, 200)
 """The neighbourhood sizes of the DINO paper."""
@@ -56,10 +56,12 @@ def knn(
     ks = _checked_ks(k, len(train), temperature)
     test_labels = test_labels.to(test.device)
     top1, top5 = dict.fromkeys(ks, 0), dict.fromkeys(ks, 0)
-    for rows, size, votes, _ in _votes(train, train_labels, test, ks, classes, temperature, memory_mb):
-        rank = label_rank(votes, test_labels[rows])
-        top1[size] += int((rank < 1).sum())
-        top5[size] += int((rank < min(5, size)).sum())
+    for searched, (keys,) in nearest([train], [test], ks[-1], memory_mb=memory_mb):
+        asked = test_labels[searched]
+        for rows, size, votes, _ in _votes(keys, train_labels, ks, classes, temperature, memory_mb):
+            rank = label_rank(votes, asked[rows])
+            top1[size] += int((rank < 1).sum())
+            top5[size] += int((rank < min(5, size)).sum())
     percent = 100 / len(test)
     return KNNResult(
         top1={size: n * percent for size, n in top1.items()},
@@ -78,8 +80,39 @@ def knn_votes(
     """The class votes behind `knn` for one k: (T, C) float64 >= 0, C = largest train label + 1.  Errors as in `knn`."""
     classes = check_sets(train, train_labels, test, None)
     ks = _checked_ks([k], len(train), temperature)
-    chunks = _votes(train, train_labels, test, ks, classes, temperature, memory_mb)
-    return torch.cat([votes * (nearest / temperature).exp() for _, _, votes, nearest in chunks])
+    return torch.cat(
+        [
+            votes * (nearest_s / temperature).exp()
+            for _, (keys,) in nearest([train], [test], k, memory_mb=memory_mb)
+            for _, _, votes, nearest_s in _votes(keys, train_labels, ks, classes, temperature, memory_mb)
+        ]
+    )
+
+
+@torch.no_grad()
+def knn_of_spaces(
+    train: Sequence[Tensor],
+    train_labels: Tensor,
+    test: Sequence[Tensor],
+    *,
+    joints: Sequence[Sequence[int]],
+    k: int,
+    temperature: float = 0.07,
+    memory_mb: int = 512,
+) -> Tensor:
+    """The classes that `knn` gives where several features of the same images are looked at together.
+
+    train, test: one tensor (M, D_i) and (T, D_i) for each space; joints: spaces of each search -> (joints, T) int64.
+    As of features of unit length side by side, whose cosine is the mean of theirs: every space is searched once.
+    """
+    classes = max(check_sets(a, train_labels, b, None) for a, b in zip(train, test, strict=True))
+    ks = _checked_ks([k], len(train[0]), temperature)
+    out = torch.empty(len(joints), len(test[0]), dtype=torch.int64, device=test[0].device)
+    for searched, keys in nearest(train, test, k, joints=joints, memory_mb=memory_mb):
+        for given, of_joint in zip(out[:, searched], keys, strict=True):
+            for rows, _, votes, _ in _votes(of_joint, train_labels, ks, classes, temperature, memory_mb):
+                given[rows] = votes.argmax(1)  # the first of equals, as `knn`
+    return out
 
 
 def check_sets(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor | None) -> int:
@@ -138,57 +171,24 @@ def _checked_ks(k: Sequence[int] | None, bank: int, temperature: float) -> list[
 
 
 def _votes(
-    train: Tensor, labels: Tensor, test: Tensor, ks: list[int], classes: int, temperature: float, memory_mb: int
+    keys: Tensor, labels: Tensor, ks: Sequence[int], classes: int, temperature: float, memory_mb: int
 ) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
     """For each chunk of test rows and each k (ascending): the rows, k, votes (rows, C) and similarity of the nearest.
 
-    The votes are divided by exp(nearest / temperature), so that low temperatures cannot overflow.  They are one float64
-    tensor that grows between the yields: nearest first, one neighbour of every row at a time, an order of addition that
-    neither the chunks nor the device changes.
+    keys: of the neighbours (T, largest k), nearest first.  The votes are divided by exp(nearest / temperature), so that
+    low temperatures cannot overflow.  They are one float64 tensor that grows between the yields: nearest first, one
+    neighbour of every row at a time, an order of addition that neither the chunks nor the device changes.
     """
-    labels = labels.to(test.device, torch.int64)
-    step, width = _chunk_sizes(train.shape, len(test), ks[-1], classes, memory_mb)
-    for start in range(0, len(test), step):
-        rows = slice(start, min(start + step, len(test)))
-        s, index = _nearest(train, F.normalize(test[rows].float(), dim=1), ks[-1], width)
-        nearest = s[:, :1].double()
-        weight, label = ((s.double() - nearest) / temperature).exp(), labels[index]
-        votes = weight.new_zeros(len(s), classes)
+    labels = labels.to(keys.device, torch.int64)
+    step = max(1, memory_mb * 2**20 // 4 // (8 * (4 * classes + 6 * ks[-1])))
+    for start in range(0, len(keys), step):
+        part = keys[start : start + step]
+        s = similarity(part).double()
+        nearest_s = s[:, :1].clone()
+        weight = s.sub_(nearest_s).div_(temperature).exp_().T.contiguous()
+        votes = s.new_zeros(len(part), classes)
+        place = labels[index(part)].T + classes * torch.arange(len(part), device=keys.device)  # in all votes
         for j in range(ks[-1]):
-            votes.scatter_add_(1, label[:, j : j + 1], weight[:, j : j + 1])
+            votes.view(-1).index_add_(0, place[j], weight[j])
             if j + 1 in ks:
-                yield rows, j + 1, votes, nearest
-
-
-def _chunk_sizes(bank: torch.Size, test_rows: int, k: int, classes: int, memory_mb: int) -> tuple[int, int]:
-    """Test rows and bank rows of one chunk: half of the memory for similarities, a quarter for neighbours and votes."""
-    budget = memory_mb * 2**20
-    step = min(test_rows, 1024, max(1, budget // 4 // (8 * (3 * classes + 8 * k))))
-    width = max(1, budget // 2 // (8 * step + 12 * bank[1]))
-    return step, min(bank[0], width)
-
-
-def _nearest(train: Tensor, unit: Tensor, k: int, width: int) -> tuple[Tensor, Tensor]:
-    """Similarity and index of the k nearest train rows, each (rows, k): largest first, equals by the lower index."""
-    s, index = unit.new_empty(len(unit), 0), torch.empty(len(unit), 0, dtype=torch.int64, device=unit.device)
-    for start in range(0, len(train), width):
-        bank = F.normalize(train[start : start + width].to(unit.device, torch.float32), dim=1)
-        with torch.autocast(unit.device.type, enabled=False):  # half precision would blur the neighbours
-            new, at = _top(unit @ bank.T, k)
-        # What is kept so far has lower indices and stands first, so a stable sort by value settles ties by index.
-        s, order = torch.sort(torch.cat([s, new], dim=1), dim=1, descending=True, stable=True)
-        s, index = s[:, :k], torch.cat([index, at + start], dim=1).gather(1, order[:, :k])
-    return s, index
-
-
-def _top(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row (all, if fewer) and their columns, in the order of the columns; ties take the lower."""
-    value, at = s.topk(min(k + 1, s.shape[1]), dim=1)
-    if value.shape[1] > k:
-        tied = value[:, k - 1] == value[:, k]  # topk chooses freely among equals: choose again in these (rare) rows
-        value, at = value[:, :k], at[:, :k]
-        if tied.any():
-            again = torch.sort(s[tied], dim=1, descending=True, stable=True)
-            value[tied], at[tied] = again.values[:, :k], again.indices[:, :k]
-    at, order = at.sort(dim=1)
-    return value.gather(1, order), at
+                yield slice(start, start + len(part)), j + 1, votes, nearest_s

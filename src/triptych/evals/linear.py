@@ -88,13 +88,14 @@ def linear(
     test = test.to(train.device)
     train_labels, test_labels = (y.to(train.device, torch.int64) for y in (train_labels, test_labels))
     selected_on = ONE if len(rates) == 1 else TEST if select == "test" else HELD_OUT
-    scores = _train(recipe, train, train_labels, test, test_labels, every_epoch=True)
+    every = torch.arange(len(train), device=train.device)
+    scores = _train(recipe, train, train_labels, every, test, test_labels, every_epoch=True)
     top1, top5 = scores[-1]
     judge = top1
     if selected_on == HELD_OUT:
         held = held_out(train_labels, seed)
-        rest, tenth = ((train[rows], train_labels[rows]) for rows in (~held, held))
-        judge = _train(recipe, *rest, *tenth, every_epoch=False)[-1, 0]
+        tenth = train[held], train_labels[held]
+        judge = _train(recipe, train, train_labels, every[~held], *tenth, every_epoch=False)[-1, 0]
     chosen = int(judge.argmax())  # the first, so the lowest, of equals
     return LinearResult(
         top1=float(top1[chosen]),
@@ -138,24 +139,29 @@ def _check_settings(labels: Tensor, epochs: int, batch: int, lrs: Sequence[float
             raise UserError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
-def _train(recipe: _Recipe, x: Tensor, y: Tensor, eval_x: Tensor, eval_y: Tensor, *, every_epoch: bool) -> Tensor:
-    """Train all R rates; top-1 and top-5 in percent on the evaluation images, (epochs or 1, 2, R) on the CPU."""
+def _train(
+    recipe: _Recipe, x: Tensor, y: Tensor, chosen: Tensor, eval_x: Tensor, eval_y: Tensor, *, every_epoch: bool
+) -> Tensor:
+    """Train all R rates on the chosen rows; top-1 and top-5 in percent on the evaluation images.
+
+    -> (epochs or 1, 2, R) on the CPU.
+    """
     generator = torch.Generator().manual_seed(recipe.seed)  # on the CPU, so that every device draws the same
-    probe = _Probe(recipe, x, generator)
-    batch, scores = min(recipe.batch, len(x)), []
+    probe = _Probe(recipe, x if recipe.norm == "none" else x[chosen], generator)
+    batch, scores = min(recipe.batch, len(chosen)), []
     for epoch in range(recipe.epochs):
         decay = batch / 256 * (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
-        for rows in torch.randperm(len(x), generator=generator).to(x.device).split(batch):
+        for rows in chosen[torch.randperm(len(chosen), generator=generator).to(x.device)].split(batch):
             probe.step(x[rows], y[rows], decay)
         if every_epoch or epoch == recipe.epochs - 1:
             scores.append(probe.score(eval_x, eval_y))
-    if not probe.weight.isfinite().view(-1, len(recipe.lrs)).all(0).any():
+    if not probe.weight.isfinite().all(0).view(len(recipe.lrs), -1).all(1).any():
         raise UserError(f'every learning rate of {list(recipe.lrs)} diverged; give lower ones or norm="batch"')
     return torch.stack(scores).cpu()
 
 
 class _Probe:
-    """R linear classifiers of C classes as one: weight (D, C * R), bias (C * R,), the rate varying fastest.
+    """R linear classifiers of C classes as one: weight (D, R * C), bias (R * C,), the class varying fastest.
     A step of all rates is two matrix products, and no column ever reads another rate's."""
 
     def __init__(self, recipe: _Recipe, x: Tensor, generator: torch.Generator):
@@ -166,26 +172,28 @@ class _Probe:
             scale = (var + 1e-6).rsqrt()  # the epsilon of MAE's BatchNorm
             self.norm = lambda rows: (rows.float() - mean) * scale
         start = torch.randn(x.shape[1], recipe.classes, generator=generator) * 0.01
-        self.weight = start.to(x.device).repeat_interleave(len(recipe.lrs), dim=1)
+        self.weight = start.to(x.device).repeat(1, len(recipe.lrs))
         self.bias = self.weight.new_zeros(self.weight.shape[1])
         self.momenta = torch.zeros_like(self.weight), torch.zeros_like(self.bias)
-        self.rates = self.weight.new_tensor(recipe.lrs).repeat(recipe.classes)
+        self.rates = self.weight.new_tensor(recipe.lrs).repeat_interleave(recipe.classes)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, C, R)."""
-        return torch.addmm(self.bias, x, self.weight).view(len(x), self.recipe.classes, -1)
+        """(B, D) -> (B, R, C)."""
+        return torch.addmm(self.bias, x, self.weight).view(len(x), -1, self.recipe.classes)
 
     def step(self, x: Tensor, y: Tensor, decay: float) -> None:
         """One SGD step on features (B, D) and labels (B,) at the rates times `decay`."""
         x = self.norm(x)
         # The gradient of the mean cross-entropy is (softmax - one-hot) / B, without autograd's bookkeeping.
         # Probabilities too small to move a float32 weight are dropped: denormal ones make the product 5 x slower.
-        grad = F.threshold(self.logits(x).softmax(dim=1), 1e-20, 0.0)
-        grad = grad.sub_(F.one_hot(y, self.recipe.classes).unsqueeze(2)).div_(len(x)).flatten(1)
+        grad = F.threshold(self.logits(x).softmax(-1), 1e-20, 0.0)
+        grad[torch.arange(len(x), device=x.device), :, y] -= 1
+        grad = grad.div_(len(x)).flatten(1)
         self.momenta[0].addmm_(x.T, grad, beta=self.recipe.momentum)
         self.momenta[1].mul_(self.recipe.momentum).add_(grad.sum(0))
         for parameter, momentum in zip((self.weight, self.bias), self.momenta, strict=True):
-            momentum.add_(parameter, alpha=self.recipe.weight_decay)
+            if self.recipe.weight_decay:
+                momentum.add_(parameter, alpha=self.recipe.weight_decay)
             parameter.addcmul_(momentum, self.rates * decay, value=-1)
 
     def score(self, x: Tensor, y: Tensor) -> Tensor:
@@ -193,6 +201,6 @@ class _Probe:
         right = torch.zeros(2, len(self.recipe.lrs), dtype=torch.float64, device=x.device)
         size = max(1, 2**23 // len(self.bias))  # tens of MB of logits at a time
         for rows, labels in zip(x.split(size), y.split(size), strict=True):
-            rank = label_rank(self.logits(self.norm(rows)).transpose(1, 2), labels)
+            rank = label_rank(self.logits(self.norm(rows)), labels)
             right += torch.stack([(rank < 1).sum(0), (rank < min(5, self.recipe.classes)).sum(0)])
         return right * (100 / len(x))

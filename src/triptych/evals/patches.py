@@ -31,7 +31,7 @@ def patches(
     source: Source,
     transform: EvalTransform,
     *,
-    batch: int = 64,
+    batch: int | None = None,
     device: torch.device | str = "cpu",
     workers: int | None = None,
 ) -> PatchesResult:

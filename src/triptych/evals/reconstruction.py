@@ -16,10 +16,11 @@ from torch import Tensor
 
 from triptych.data.corruption import CorruptionConfig, corrupt, draw_corruption
 from triptych.data.images import UnreadableImage
-from triptych.data.sources import Source, load_rgb
+from triptych.data.sources import Source
 from triptych.data.views import View, Views
 from triptych.errors import UserError
 from triptych.evals.features import EvalTransform
+from triptych.evals.frozen import frozen
 from triptych.losses import masked_error
 from triptych.methods import Method
 from triptych.methods.gmml import GMML
@@ -74,11 +75,9 @@ def reconstruct(method: Method, view: View, blocks: Sequence[int] = (), *, norm:
     encoder.check_blocks(wanted)
     read = base.config.blocks if isinstance(base, GMML) else getattr(base.config, "pixel_blocks", ())
     read = tuple(read) or (depth,)
-    was_training = encoder.training
-    encoder.eval()
-    taps = encoder.layers(view.corrupted, [b - 1 for b in wanted])
-    last = encoder.mixed(view.corrupted, read)
-    encoder.train(was_training)
+    with frozen(encoder, view.images.device):
+        taps = encoder.layers(view.corrupted, [b - 1 for b in wanted])
+        last = encoder.mixed(view.corrupted, read)
     assert last.grid is not None
     assert last.mixed is not None
     images = [base.pixels(x.patch if norm else x.patch_raw, last.grid) for x in taps]
@@ -124,6 +123,6 @@ def _readable(source: Source, transform: EvalTransform, seed: int) -> Iterator[t
     """Indices in an order drawn by the seed, and their pixels (S, S, 3) uint8."""
     for index in torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist():
         try:
-            yield index, transform.pixels(load_rgb(source, index)).permute(1, 2, 0)
+            yield index, transform.read(source, index).permute(1, 2, 0)
         except UnreadableImage:
             continue

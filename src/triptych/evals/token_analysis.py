@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from triptych.errors import UserError
-from triptych.evals.knn import check_sets, knn_votes
+from triptych.evals.knn import check_sets, knn_of_spaces
 from triptych.losses import full_precision, unit
 
 Table = list[list[float | None]]
@@ -47,16 +47,16 @@ class TokenAnalysis:
 @torch.no_grad()
 def analyse(
     names: Sequence[str],
-    train: Tensor,
+    train: Sequence[Tensor],
     train_labels: Tensor,
-    test: Tensor,
+    test: Sequence[Tensor],
     test_labels: Tensor,
     *,
     embeddings: Tensor | None = None,
     prototypes: Tensor | None = None,
     k: int = 10,
 ) -> TokenAnalysis:
-    """All analyses of train (M, N, D) and test (M, n, D); CKA is that of the test images.
+    """All analyses of train and test, M features (N, D) and (n, D); CKA is that of the test images.
 
     NMI needs the test images' embeddings (M, n, P), after each token's own projector, and the prototypes (K, P) with
     which the method compares them (`Prototypes.weight`).  Raises UserError for shapes that do not fit, and as `knn`.
@@ -95,8 +95,9 @@ def cka_matrix(tokens: Tensor | Sequence[Tensor], unbiased: bool = False) -> Ten
     NaN for a token that is the same for all images.
     """
     # What all images share is taken off by way of one of them: equal rows become exact zeros, not rounding errors.
-    shifted = [x.double() - x[:1].double() for x in tokens]
-    centred = [x - x.mean(0) for x in shifted]
+    centred = [x.double() - x[:1].double() for x in tokens]
+    for x in centred:
+        x.sub_(x.mean(0))
     h = centred[0].new_empty(len(centred), len(centred))
     for i, j in combinations_with_replacement(range(len(centred)), 2):
         h[i, j] = h[j, i] = _hsic(centred[i], centred[j], unbiased)
@@ -119,17 +120,18 @@ def _hsic(x: Tensor, y: Tensor, unbiased: bool) -> Tensor:
 
 @torch.no_grad()
 def knn_single_and_pairs(
-    train: Tensor, train_labels: Tensor, test: Tensor, *, k: int = 10, temperature: float = 0.07
+    train: Sequence[Tensor], train_labels: Tensor, test: Sequence[Tensor], *, k: int = 10, temperature: float = 0.07
 ) -> Tensor:
-    """Classes that `knn` gives to the test images: train (M, N, D), test (M, n, D) -> (M, M, n) int64.
+    """Classes that `knn` gives to the test images: M features (N, D) and M (n, D) -> (M, M, n) int64.
 
-    [i, i]: from token i; [i, j]: from i and j side by side, each of unit length.  M (M + 1) / 2 searches.
+    [i, i]: from token i; [i, j]: from i and j side by side, each of unit length.
     """
-    out = torch.empty(len(test), *test.shape[:2], dtype=torch.int64, device=test.device)
-    for i, j in combinations_with_replacement(range(len(test)), 2):
-        bank, asked = (x[i] if i == j else torch.cat([unit(x[i]), unit(x[j])], dim=1) for x in (train, test))
-        votes = knn_votes(bank, train_labels, asked, k=k, temperature=temperature)
-        out[i, j] = out[j, i] = votes.argmax(1)  # the first of equals, as `knn`
+    pairs = list(combinations_with_replacement(range(len(test)), 2))
+    joints = [sorted({i, j}) for i, j in pairs]
+    found = knn_of_spaces(train, train_labels, test, joints=joints, k=k, temperature=temperature)
+    out = found.new_empty(len(test), len(test), found.shape[1])
+    for (i, j), classes in zip(pairs, found, strict=True):
+        out[i, j] = out[j, i] = classes
     return out
 
 
@@ -168,20 +170,23 @@ def nmi_single_and_pairs(z: Tensor, prototypes: Tensor, labels: Tensor) -> Tenso
     return out
 
 
-def _check(names: Sequence[str], train: Tensor, test: Tensor, z: Tensor | None, prototypes: Tensor | None) -> None:
-    if train.ndim != 3 or test.ndim != 3 or not len(names) == len(train) == len(test) > 0:
+def _check(
+    names: Sequence[str], train: Sequence[Tensor], test: Sequence[Tensor], z: Tensor | None, prototypes: Tensor | None
+) -> None:
+    shapes = [[tuple(x.shape) for x in side] for side in (train, test)]
+    if not len(names) == len(train) == len(test) > 0 or any(len(shape) != 2 for side in shapes for shape in side):
         raise UserError(
-            f"train features have shape {tuple(train.shape)}, test features {tuple(test.shape)}; "
-            f"give (tokens, images, width) of both, with one name for each token (given: {len(names)})"
+            f"train features have shapes {shapes[0]}, test features {shapes[1]}; give (images, width) of every token "
+            f"for both, with one name for each token (given: {len(names)})"
         )
     if (z is None) != (prototypes is None):
         raise UserError("embeddings and prototypes go together: give both, or neither to leave out NMI")
     if z is None or prototypes is None:
         return
-    if z.ndim != 3 or z.shape[:2] != test.shape[:2] or prototypes.shape[1:] != z.shape[2:]:
+    if z.ndim != 3 or z.shape[:2] != (len(test), len(test[0])) or prototypes.shape[1:] != z.shape[2:]:
         raise UserError(
             f"embeddings have shape {tuple(z.shape)}, prototypes {tuple(prototypes.shape)}; give "
-            f"{(*test.shape[:2], 'P')} for the tokens and images of the test features, and (K, P)"
+            f"{(len(test), len(test[0]), 'P')} for the tokens and images of the test features, and (K, P)"
         )
 
 

@@ -16,8 +16,10 @@ from triptych.encoders.base import Encoder
 from triptych.ensemble import Ensemble
 from triptych.errors import UserError
 from triptych.evals.features import EvalTransform, batches
-from triptych.evals.knn import knn
+from triptych.evals.frozen import fast_precision, frozen
+from triptych.evals.knn import knn, knn_of_spaces
 from triptych.evals.linear import LinearResult, linear
+from triptych.evals.spill import Rows, on_disk
 from triptych.evals.token_analysis import TokenAnalysis, analyse
 from triptych.losses import unit
 from triptych.methods.base import Method, Siamese
@@ -61,9 +63,11 @@ class Side:
         prototypes = None if found is None else found.weight.detach()
 
         def encode(images: Tensor) -> Tokens:
-            # The base's own `encode`, for bases that add auxiliary tokens to the encoder's (HSSL); unmasked, whole.
+            if not base.own_aux:
+                return tower.encoder(images)
+            # Only the base's own `encode`, of both towers, adds its auxiliary tokens (HSSL); unmasked, whole.
             place = images.new_zeros(len(images), 4)
-            S, T = base.encode(Views([View(images, place, place[:, :2])], []), Progress(0, 1))
+            S, T = base.encode(Views([View(images, place, place[:, :2])], []), Progress(0, 1), patches=True)
             return (S if student else T)[0]
 
         weights = "student" if student else "teacher"
@@ -72,40 +76,56 @@ class Side:
 
 @dataclass(frozen=True)
 class TokenFeatures:
-    """Of N images, on the CPU, float32: M + 2 times the memory of one token's features, and what the heads add."""
+    """Of N images, float32, in files that the system maps into memory (`spill.on_disk`)."""
 
     names: list[str]  # of the M auxiliary tokens
     before: Tensor  # (N, D) the global token beside the auxiliary ones
     after: Tensor  # (N, D) the global token of the encoder without them: what is exported
     tokens: Tensor  # (M, N, D)
-    embeddings: Tensor  # (1 + M, N, P): the global token's, then the auxiliary ones'
+    embeddings: Tensor | None  # (1 + M, N, P): the global token's, then the auxiliary ones'
     fused: Tensor  # (N, P) z_a
     indices: Tensor  # (N,) int64 into the source; images that cannot be read are left out
+    compared: int  # images, of which both encoders made the global token; of the others `after` is `before`
+    difference: float  # the largest among those
 
 
-@torch.no_grad()
 def extract_tokens(
     side: Side,
     source: Source,
     transform: EvalTransform,
     *,
-    batch: int = 256,
+    embeddings: bool = True,
+    compared: int = 1024,
+    batch: int | None = None,
     device: torch.device | str = "cpu",
+    precision: torch.dtype | None = None,
     workers: int | None = None,
 ) -> TokenFeatures:
-    """One pass over the images.  `side` must be in eval mode and on the device."""
-    stripped, ensemble = side.encoder.without("aux").eval(), side.ensemble
+    """One pass over the images.  `side` must be in eval mode and on the device.
+
+    embeddings: keep them.  compared: so many images, the first ones, pass the encoder without auxiliary tokens too; all
+    do from where a global token differs.  batch, precision: as in `extract_all`.
+    """
+    device, ensemble = torch.device(device), side.ensemble
+    stripped, rows = side.encoder.without("aux"), Rows(len(source))
     indices: list[int] = []
-    parts: list[tuple[Tensor, ...]] = []
-    for index, images in batches(source, transform, batch=batch, device=torch.device(device), workers=workers):
-        x = side.encode(images)
-        tokens = ensemble.tokens(x)
-        z = torch.cat([side.head(x.global_token)[None], ensemble.embeddings(tokens)])
-        found = x.global_token, stripped(images).global_token, tokens, z, ensemble([x])[0]
-        parts.append(tuple(part.float().cpu() for part in found))
-        indices += index
-    before, after, tokens, z, fused = (torch.cat(p, p[0].ndim - 2) for p in zip(*parts, strict=True))
-    return TokenFeatures(ensemble.names(), before, after, tokens, z, fused, torch.tensor(indices))
+    seen, difference = 0, 0.0
+    with frozen(stripped, device, precision or fast_precision(device)):
+        for index, images in batches(source, transform, batch=batch, device=device, workers=workers):
+            x = side.encode(images)
+            tokens, before = ensemble.tokens(x), x.global_token
+            z, after = ensemble.embeddings(tokens), before
+            if seen < compared or difference:
+                after = stripped(images).global_token
+                seen, difference = seen + len(index), max(difference, (before - after).abs().max().item())
+            found = {"before": before, "after": after, "tokens": tokens, "fused": ensemble.fused(z)}
+            rows.add(**found | ({"embeddings": torch.cat([side.head(before)[None], z])} if embeddings else {}))
+            indices += index
+    found = {name: rows[name] for name in ("before", "after", "tokens", "fused")}
+    kept = rows["embeddings"] if embeddings else None
+    return TokenFeatures(
+        ensemble.names(), **found, embeddings=kept, indices=torch.tensor(indices), compared=seen, difference=difference
+    )
 
 
 @dataclass(frozen=True)
@@ -114,8 +134,9 @@ class TokensResult:
 
     k: int
     knn: dict[str, float]
-    removal_is_exact: bool  # the global token of every image is the same to the last bit without auxiliary tokens
+    removal_is_exact: bool  # the global token of each compared image is the same to the last bit without auxiliary ones
     removal_difference: float  # largest absolute difference
+    removal_images: int  # that were compared
     analysis: TokenAnalysis
     linear: dict[str, LinearResult]
 
@@ -143,27 +164,45 @@ def measure_tokens(
         "global before removal": lambda x: x.before,
         "global after removal": lambda x: x.after,
         "fused embedding": lambda x: x.fused,
-        "auxiliary tokens concatenated": lambda x: torch.cat(list(unit(x.tokens)), -1),
     }
     accuracy = {name: knn(*both(of), k=[k]).top1[k] for name, of in features.items()}
+    bank, asked = ([x.after, *x.tokens] for x in (train, test))
+    asked, right = [x.to(device) for x in asked], test_labels.to(device)
+    together = knn_of_spaces(bank[1:], train_labels, asked[1:], joints=[range(len(bank) - 1)], k=k)[0]
+    accuracy[TOGETHER] = 100 * (together == right).double().mean().item()
     analysis = analyse(
         ["global", *test.names],
-        torch.cat([train.after[None], train.tokens]),
+        bank,
         train_labels,
-        torch.cat([test.after[None], test.tokens]).to(device),
-        test_labels.to(device),
-        embeddings=None if prototypes is None else test.embeddings.to(device),
+        asked,
+        right,
+        embeddings=None if prototypes is None or test.embeddings is None else test.embeddings.to(device),
         prototypes=None if prototypes is None else prototypes.to(device),
         k=k,
     )
     accuracy |= dict(zip(analysis.names[1:], analysis.knn[1:], strict=True))
-    probed = ("global after removal", "fused embedding", "auxiliary tokens concatenated") if probe else ()
-    difference = max((x.before - x.after).abs().max().item() for x in (train, test))
+    features[TOGETHER] = lambda x: side_by_side(x.tokens)
+    probed = ("global after removal", "fused embedding", TOGETHER) if probe else ()
+    difference = max(train.difference, test.difference)
     return TokensResult(
         k=k,
         knn=accuracy,
-        removal_is_exact=all(torch.equal(x.before, x.after) for x in (train, test)),
+        removal_is_exact=difference == 0,
         removal_difference=difference,
+        removal_images=train.compared + test.compared,
         analysis=analysis,
         linear={name: linear(*both(features[name])) for name in probed},
     )
+
+
+TOGETHER = "auxiliary tokens concatenated"
+
+
+def side_by_side(tokens: Tensor) -> Tensor:
+    """(M, N, D) -> (N, M D), each of unit length, on disk."""
+    m, n, width = tokens.shape
+    out = on_disk(n, m, width)
+    for i, x in enumerate(tokens):
+        for start in range(0, n, 65536):
+            out[start : start + 65536, i] = unit(x[start : start + 65536])
+    return out.flatten(1)

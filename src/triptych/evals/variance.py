@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import InterpolationMode
 
 from triptych.data.corruption import block_cover, draw_blocks
-from triptych.data.crops import random_crop
+from triptych.data.crops import Crop, random_crop
 from triptych.data.images import UnreadableImage
 from triptych.data.loader import default_workers, in_worker
-from triptych.data.sources import Source, load_rgb
+from triptych.data.pixels import Picture, cut, shrink_for
+from triptych.data.sources import Source
 from triptych.encoders import Encoder
 from triptych.errors import UserError
 from triptych.evals.features import EvalTransform
+from triptych.evals.frozen import fast_batch, frozen
 
 HIDDEN = 0.5  # of the pixels; at one half `draw_blocks` draws no other share
 
@@ -40,7 +40,6 @@ class VarianceResult:
     seed: int
 
 
-@torch.no_grad()
 def variance(
     encoder: Encoder,
     source: Source,
@@ -50,7 +49,7 @@ def variance(
     scale: tuple[float, float] = (0.25, 1.0),
     images: int | None = None,
     seed: int = 0,
-    batch: int = 64,
+    batch: int | None = None,
     device: torch.device | str = "cpu",
     workers: int | None = None,
 ) -> VarianceResult:
@@ -58,8 +57,9 @@ def variance(
 
     views: crops of `transform.size` pixels whose area is U(scale) of the image's, neither flipped nor recoloured; and
     as many times the centre crop with half of its pixels in blocks of N(0, 1) in normalised space (GMML's).
-    images: at most so many, drawn once by the seed; None = all.  batch: views per encoder call, which changes nothing
-    but memory: what is drawn for an image is a function of (seed, index) alone (noise: on one kind of device).
+    images: at most so many, drawn once by the seed; None = all.  batch: views per encoder call (None = what is fast),
+    which changes no number: what is drawn for an image is a function of (seed, index) alone (noise: on one kind of
+    device).
     Raises UserError for fewer than 2 views, a scale outside (0, 1], and where no image can be read.
     """
     _check(views, scale, images, seed)
@@ -71,10 +71,9 @@ def variance(
         num_workers=min(default_workers() if workers is None else workers, len(chosen)),
         worker_init_fn=in_worker,
     )
-    was_training = encoder.training
-    encoder.to(device).eval()
-    measured = [_levels(encoder, drawn, transform, batch, device) for drawn in loader if drawn is not None]
-    encoder.train(was_training)
+    with frozen(encoder, device):
+        at_once = batch or fast_batch(device)
+        measured = [_levels(encoder, drawn, transform, at_once, device) for drawn in loader if drawn is not None]
     if not measured:
         raise UserError(f"no image of {source.name} can be read")
     image, patch = np.mean(measured, 0).tolist()
@@ -134,19 +133,21 @@ class _Disturbed(Dataset):
         self.source, self.transform, self.views, self.scale, self.seed = source, transform, views, scale, seed
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, int] | None:
+        rng, size = np.random.default_rng([self.seed, index]), self.transform.size
         try:
-            image = load_rgb(self.source, index)
+            picture = Picture(self.source, index)
+            height, width = picture.height, picture.width
+            crops, covers = [], []
+            for _ in range(self.views):
+                crops.append(random_crop(height, width, self.scale, rng))
+                covers.append(torch.from_numpy(block_cover(draw_blocks(HIDDEN, size, size, rng), size, size)))
+            whole = Crop(0, 0, height, width), self.transform.resize
+            pixels = picture.pixels(shrink_for([whole, *((crop, size) for crop in crops)]))
         except UnreadableImage:
             return None
-        rng, size = np.random.default_rng([self.seed, index]), self.transform.size
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        height, width = pixels.shape[1:]
-        crops, covers = [], []
-        for _ in range(self.views):
-            crop = random_crop(height, width, self.scale, rng)
-            crops.append(F.resized_crop(pixels, *crop, [size, size], InterpolationMode.BICUBIC, antialias=True))
-            covers.append(torch.from_numpy(block_cover(draw_blocks(HIDDEN, size, size, rng), size, size)))
-        return torch.stack(crops), self.transform.pixels(image), torch.stack(covers), int(rng.integers(2**63))
+        views = [torch.from_numpy(cut(pixels, crop, (size, size), "bicubic")) for crop in crops]
+        centre, noise_seed = self.transform.middle(pixels, height, width), int(rng.integers(2**63))
+        return torch.stack(views).permute(0, 3, 1, 2), centre, torch.stack(covers), noise_seed
 
 
 def _check(views: int, scale: tuple[float, float], images: int | None, seed: int) -> None:

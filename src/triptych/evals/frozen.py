@@ -1,0 +1,41 @@
+"""A module as evaluations use it: on their device, in eval mode, without gradients; afterwards as it was before."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def frozen(module: nn.Module, device: torch.device | str, precision: torch.dtype = torch.float32) -> Iterator[None]:
+    """What runs inside computes in this precision.
+
+    Lower ones are those of autocast, which converts each weight once for the whole block; weights, norms and the
+    residual stream stay float32, so that features keep a cosine above 0.9999 with those of float32.
+    """
+    device = torch.device(device)
+    modes = [(part, part.training) for part in module.modules()]
+    home = next((p.device for p in module.parameters()), device)
+    try:
+        module.to(device).eval()
+        with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        module.to(home)
+
+
+def fast_precision(device: torch.device | str) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it fast, else float32."""
+    if torch.device(device).type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def fast_batch(device: torch.device | str) -> int:
+    """Images at a time: enough to fill a GPU; on a CPU so few that a block's activations stay in its cache."""
+    return 256 if torch.device(device).type == "cuda" else 16
