@@ -219,7 +219,9 @@ def peak(loss, inputs, options, **sizes) -> tuple[int, int]:
 
 
 def large(rows, count, P=32):
-    inputs = [units(*shape, seed=1, dtype=torch.float32) for shape in ((1, rows, P), (count, P), (1, rows, P), (count, P))]
+    inputs = [
+        units(*shape, seed=1, dtype=torch.float32) for shape in ((1, rows, P), (count, P), (1, rows, P), (count, P))
+    ]
     for x in inputs[:2]:
         x.requires_grad_()
     return inputs, {"center": torch.zeros(count), "weight": torch.full((1, 1, rows), 1 / rows), **TEMPS}
