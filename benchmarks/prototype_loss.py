@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from typing import Any
 
 import torch
 import torch.nn.functional as F
