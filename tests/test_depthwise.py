@@ -17,3 +17,12 @@ def test_values_and_gradients_are_those_of_torch(grid, kernel):
         results.append((y, *torch.autograd.grad((y * torch.arange(y.numel()).view_as(y)).sum(), (x, w, b))))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-9)
+
+
+def test_tokens_that_lie_channels_last_will_do():
+    tokens = torch.randn(2, 6, 4, dtype=torch.float64, requires_grad=True)  # (B, N, C)
+    w, b = torch.randn(4, 1, 3, 3, dtype=torch.float64, requires_grad=True), torch.zeros(4, dtype=torch.float64)
+    x = tokens.transpose(1, 2).unflatten(2, (2, 3))
+    ours, theirs = depthwise(x, w, b), F.conv2d(x, w, b, padding=1, groups=4)
+    for a, c in zip(*(torch.autograd.grad(y.square().sum(), (tokens, w)) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-12, atol=1e-12)

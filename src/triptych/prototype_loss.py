@@ -124,7 +124,7 @@ class _Plan:
         """Images at a time, and whether all their scores are held between the passes."""
         held = self.block // (views * prototypes)
         if held >= images or held * views >= LEAST:
-            return held, True
+            return max(1, held), True
         return max(1, self.block // (4 * views * self.chunk)), False  # 4: what one chunk's arithmetic has at once
 
 

@@ -35,7 +35,7 @@ class TokenSpec:
 class Tokens:
     """The tokens of one view (or of several views of one size, stacked along B)."""
 
-    patch: Tensor  # (B, N, D) after the encoder's final norm, row-major
+    patch: Tensor  # (B, N, D) after the encoder's final norm, row-major; N = 0 where nobody wants them (Crops.patches)
     patch_raw: Tensor  # (B, N, D) before it: UDI samples these
     grid: tuple[int, int] | None  # rows, columns; None when patches were dropped and no longer tile the view
     cls: Tensor | None = None  # (B, D)
