@@ -19,6 +19,11 @@ from triptych.methods import BASES, METHODS, DINOConfig, HSSLConfig, MTEConfig, 
 TRANSFORM = EvalTransform(16, 18)
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIPTYCH_CACHE", str(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Three classes of five images."""
