@@ -19,7 +19,7 @@ from official import comparisons
 from ours import Ours, sized
 from timing import RESULTS, Ratio, report, rounds_of
 from triptych.errors import UserError
-from triptych.evals.features import select
+from triptych.evals.selection import select
 from triptych.recipes import RECIPES
 
 GOALS = {("float32", "bfloat16"): 4.5, ("bfloat16", "bfloat16"): 1.25}  # theirs, ours: times faster, on the CPU

@@ -11,8 +11,9 @@ from triptych.data.loader import LoaderConfig, ViewDataset, ViewsConfig, make_lo
 from triptych.data.sources import open_source
 from triptych.data.subsets import Subset
 from triptych.data.views import ViewSpec
-from triptych.evals.features import EvalTransform, extract, labels_of
+from triptych.evals.features import extract, labels_of
 from triptych.evals.knn import knn
+from triptych.evals.transform import EvalTransform
 from triptych.tokens import TokenSpec
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "imagenette128"

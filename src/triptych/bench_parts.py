@@ -15,8 +15,10 @@ from torch import Tensor
 
 from triptych.data.loader import close, default_workers
 from triptych.data.sources import Source
-from triptych.evals.features import EvalTransform, extract, select
+from triptych.evals.features import extract
 from triptych.evals.knn import knn as nearest_neighbours
+from triptych.evals.selection import select
+from triptych.evals.transform import EvalTransform
 from triptych.feed import first_views, next_batch, settle_colour, view_batches
 from triptych.flops import Flops
 from triptych.memory import LiveMemory

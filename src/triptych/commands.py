@@ -16,11 +16,14 @@ from triptych.encoders import ENCODERS
 from triptych.encoders.load import Loaded, load_encoder
 from triptych.errors import UserError
 from triptych.evals import EVALS
-from triptych.evals.features import EvalTransform, cached, check_token, extract, labels_of, weights_hash
+from triptych.evals.features import cached, extract, labels_of, weights_hash
 from triptych.evals.knn import knn
 from triptych.evals.linear import linear
+from triptych.evals.selection import check_token
+from triptych.evals.transform import EvalTransform
 from triptych.losses import unit
 from triptych.methods import METHODS
+from triptych.precision import fast_precision
 from triptych.recipes import RECIPES
 from triptych.settings import flat, parse_overrides, resolve
 
@@ -149,14 +152,14 @@ def _of_model(model: str, pair: tuple[Source, Source], *, weights, arch, size, t
     check_token(loaded.encoder, token)
     loaded.encoder.grid(size or loaded.size, size or loaded.size)
     transform = EvalTransform.of(size or loaded.size, loaded.mean, loaded.std)
-    sets = []
+    sets, precision = [], fast_precision(device())
     for source in pair:
-        options: dict[str, Any] = {"token": token, "layers": layers, "device": device()}
+        options: dict[str, Any] = {"token": token, "layers": layers, "device": device(), "precision": precision}
         features, indices = (cached if cache else extract)(loaded.encoder, source, transform, **options)
         say_unreadable(source, indices)
         sets.append((features, labels_of(source, indices)))
     about = {"model": loaded.name, "encoder": weights_hash(loaded.encoder), "heads": loaded.encoder.heads}
-    return sets, about | {"size": transform.size, "resize": transform.resize}
+    return sets, about | {"size": transform.size, "resize": transform.resize, "precision": str(precision)[6:]}
 
 
 def _features(model: str, data: str, test: str | None, *, more: list[str] | None = None, arch, **options):
@@ -201,7 +204,7 @@ def _title(protocol: str, about: dict[str, Any]) -> str:
 def eval_knn(model: str, data: str, test: str | None, out: Path, *, k, temperature: float, **options) -> dict:
     writable(out)
     ((train, y), (held, z)), about = _features(model, data, test, **options)
-    result = knn(train, y, held, z, k=k, temperature=temperature)
+    result = knn(train, y, held.to(device()), z, k=k, temperature=temperature)
     table = Table("k", "top-1 %", "top-5 %", title=_title("k-NN", about))
     for n in result.top1:
         table.add_row(str(n), f"{result.top1[n]:.2f}", f"{result.top5[n]:.2f}")
@@ -211,7 +214,7 @@ def eval_knn(model: str, data: str, test: str | None, out: Path, *, k, temperatu
 def eval_linear(model: str, data: str, test: str | None, out: Path, probe: dict[str, Any], **options) -> dict:
     writable(out)
     ((train, y), (held, z)), about = _features(model, data, test, **options)
-    result = linear(train, y, held, z, **probe)
+    result = linear(train.to(device()), y, held, z, **probe)
     table = Table("", "", title=_title("linear probe", about))
     table.add_row("top-1 %, last epoch", f"{result.top1:.2f}")
     table.add_row("top-5 %, last epoch", f"{result.top5:.2f}")

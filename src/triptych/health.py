@@ -8,8 +8,9 @@ from torch import Tensor
 from triptych.data.sources import Source
 from triptych.data.subsets import Subset
 from triptych.data.views import Views
-from triptych.evals.features import EvalTransform, extract, labels_of
+from triptych.evals.features import extract, labels_of
 from triptych.evals.knn import knn
+from triptych.evals.transform import EvalTransform
 from triptych.methods import Method
 from triptych.recipe import Recipe
 from triptych.schedules import Progress

@@ -70,7 +70,7 @@ class ProgressLine:
             return
         if self._live and not force:
             self._live.update(Text(text, no_wrap=True, overflow="ellipsis"))
-        elif force or time.monotonic() - self._last > 10:
+        elif text and (force or time.monotonic() - self._last > 10):
             self._last = time.monotonic()
             self.console.print(Text(text), soft_wrap=True)
 

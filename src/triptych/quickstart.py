@@ -13,8 +13,9 @@ from triptych.data import scenes
 from triptych.data.sources import Source, open_source
 from triptych.encoders.load import Weights, load_encoder
 from triptych.errors import UserError
-from triptych.evals.features import EvalTransform, extract, labels_of
+from triptych.evals.features import extract, labels_of
 from triptych.evals.knn import knn
+from triptych.evals.transform import EvalTransform
 from triptych.export import export
 from triptych.health import feature_health
 from triptych.pictures import token_sheet

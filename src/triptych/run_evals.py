@@ -14,10 +14,11 @@ from triptych.encoders import Encoder
 from triptych.encoders.load import load_encoder, load_method
 from triptych.errors import UserError
 from triptych.evals.classify import check_supervised, classify
-from triptych.evals.features import EvalTransform, labels_of, weights_hash
+from triptych.evals.features import labels_of, weights_hash
 from triptych.evals.reconstruction import corrupted_view, reconstruct, with_pixel_head
 from triptych.evals.token_analysis import COLUMNS
 from triptych.evals.tokens import Side, TokensResult, extract_tokens, measure_tokens
+from triptych.evals.transform import EvalTransform
 from triptych.evals.variance import variance
 from triptych.recipe import Recipe
 

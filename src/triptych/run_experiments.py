@@ -14,9 +14,10 @@ from triptych.data.loader import ViewDataset, collate
 from triptych.data.sources import open_source
 from triptych.encoders.load import load_encoder, load_method
 from triptych.errors import UserError
-from triptych.evals.features import EvalTransform, weights_hash
+from triptych.evals.features import weights_hash
 from triptych.evals.gradients import gradients, trained_encoder
 from triptych.evals.patches import patches
+from triptych.evals.transform import EvalTransform
 from triptych.health import sample_of
 from triptych.methods import METHODS, Method
 from triptych.methods.base import Tower

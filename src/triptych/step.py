@@ -17,6 +17,7 @@ from triptych.compiling import compare, compiling
 from triptych.data.views import Views
 from triptych.methods.base import Step
 from triptych.optim import clip_gradients, exempt, make_optimizer, set_rates
+from triptych.precision import fast_precision
 from triptych.recipe import Recipe, build_method
 from triptych.run_folder import stored
 from triptych.schedules import Progress
@@ -122,12 +123,7 @@ def settle_compile(
 def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     """bf16 where the hardware multiplies it fast, unless the recipe says otherwise."""
     if recipe.precision == "auto":
-        fast = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if device.type == "cuda"
-            else torch.cpu._is_amx_tile_supported()
-        )
-        return torch.bfloat16 if fast else torch.float32
+        return fast_precision(device)
     return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
 
 

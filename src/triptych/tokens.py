@@ -39,6 +39,7 @@ class Tokens:
     patch_raw: Tensor  # (B, N, D) before it: UDI samples these
     grid: tuple[int, int] | None  # rows, columns; None when patches were dropped and no longer tile the view
     cls: Tensor | None = None  # (B, D)
+    cls_raw: Tensor | None = None  # (B, D) before the final norm
     cls_plus: Tensor | None = None  # (B, D)
     register: Tensor | None = None  # (B, R, D)
     aux: Tensor | None = None  # (B, A, D)

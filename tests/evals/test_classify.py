@@ -9,7 +9,7 @@ from conftest import tiny_encoder
 from triptych.data.sources import open_source
 from triptych.errors import UserError
 from triptych.evals.classify import check_supervised, classify
-from triptych.evals.features import EvalTransform, batches
+from triptych.evals.transform import EvalTransform, batches
 from triptych.methods import DINOConfig, SupervisedConfig, build
 from triptych.methods.supervised import Supervised
 

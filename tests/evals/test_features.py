@@ -13,17 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import tiny_encoder, tiny_swin
 from triptych.data.sources import open_source
 from triptych.errors import UserError
-from triptych.evals.features import (
-    EvalTransform,
-    cached,
-    cached_all,
-    extract,
-    extract_all,
-    labels_of,
-    select,
-    select_all,
-)
+from triptych.evals.features import cached, cached_all, extract, extract_all, labels_of
 from triptych.evals.frozen import frozen
+from triptych.evals.selection import select, select_all
+from triptych.evals.transform import EvalTransform
 from triptych.tokens import TokenSpec
 
 TRANSFORM = EvalTransform(16, 18)

@@ -5,8 +5,8 @@ import torch
 
 from triptych.data.sources import open_source
 from triptych.errors import UserError
-from triptych.evals.features import EvalTransform, batches
 from triptych.evals.patches import patches
+from triptych.evals.transform import EvalTransform, batches
 from triptych.losses import unit
 
 TRANSFORM = EvalTransform.of(16)

@@ -14,8 +14,8 @@ from triptych.data.corruption import CorruptionConfig
 from triptych.data.sources import open_source
 from triptych.data.views import View
 from triptych.errors import UserError
-from triptych.evals.features import EvalTransform
 from triptych.evals.reconstruction import corrupted_view, reconstruct, with_pixel_head
+from triptych.evals.transform import EvalTransform
 from triptych.losses import masked_error
 from triptych.methods import (
     DINOConfig,

@@ -10,10 +10,11 @@ from PIL import Image
 from conftest import tiny_encoder, tiny_swin
 from triptych.data.sources import open_source
 from triptych.errors import UserError
-from triptych.evals.features import EvalTransform, extract, labels_of
+from triptych.evals.features import extract, labels_of
 from triptych.evals.knn import knn
 from triptych.evals.spill import Rows, on_disk
 from triptych.evals.tokens import Side, extract_tokens, measure_tokens
+from triptych.evals.transform import EvalTransform
 from triptych.methods import BASES, METHODS, DINOConfig, HSSLConfig, MTEConfig, SupervisedConfig, build
 
 TRANSFORM = EvalTransform(16, 18)

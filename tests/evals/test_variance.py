@@ -17,7 +17,7 @@ from triptych.data.corruption import block_cover, draw_blocks
 from triptych.data.crops import random_crop
 from triptych.data.sources import load_rgb, open_source
 from triptych.errors import UserError
-from triptych.evals.features import EvalTransform
+from triptych.evals.transform import EvalTransform
 from triptych.evals.variance import streamed_variance, variance
 from triptych.tokens import Tokens, TokenSpec
 

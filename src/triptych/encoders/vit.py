@@ -224,6 +224,7 @@ class ViT(Encoder):
             patch_raw=x[:, p:],
             grid=grid,
             cls=y[:, 0] if spec.cls else None,
+            cls_raw=x[:, 0] if spec.cls else None,
             cls_plus=y[:, spec.cls] if spec.cls_plus else None,
             register=y[:, spec.cls + spec.cls_plus : p] if spec.register else None,
             aux=aux,

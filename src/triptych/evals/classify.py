@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from triptych.data.sources import Source
 from triptych.errors import UserError
-from triptych.evals.features import EvalTransform, batches, labels_of
+from triptych.evals.features import labels_of
 from triptych.evals.frozen import frozen
 from triptych.evals.knn import label_rank
+from triptych.evals.transform import EvalTransform, batches
 from triptych.methods.base import Method
 from triptych.methods.supervised import Supervised
 

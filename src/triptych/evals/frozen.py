@@ -27,15 +27,6 @@ def frozen(module: nn.Module, device: torch.device | str, precision: torch.dtype
         module.to(home)
 
 
-def fast_precision(device: torch.device | str) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it fast, else float32."""
-    if torch.device(device).type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
 def fast_batch(device: torch.device | str) -> int:
     """Images at a time: enough to fill a GPU; on a CPU so few that a block's activations stay in its cache."""
     return 256 if torch.device(device).type == "cuda" else 16

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from triptych.data.sources import Source
 from triptych.errors import UserError
-from triptych.evals.features import EvalTransform, batches
+from triptych.evals.transform import EvalTransform, batches
 from triptych.losses import unit
 
 

@@ -19,8 +19,8 @@ from triptych.data.images import UnreadableImage
 from triptych.data.sources import Source
 from triptych.data.views import View, Views
 from triptych.errors import UserError
-from triptych.evals.features import EvalTransform
 from triptych.evals.frozen import frozen
+from triptych.evals.transform import EvalTransform
 from triptych.losses import masked_error
 from triptych.methods import Method
 from triptych.methods.gmml import GMML

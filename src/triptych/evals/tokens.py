@@ -15,16 +15,17 @@ from triptych.data.views import View, Views
 from triptych.encoders.base import Encoder
 from triptych.ensemble import Ensemble
 from triptych.errors import UserError
-from triptych.evals.features import EvalTransform, batches
-from triptych.evals.frozen import fast_precision, frozen
+from triptych.evals.frozen import frozen
 from triptych.evals.knn import knn, knn_of_spaces
 from triptych.evals.linear import LinearResult, linear
 from triptych.evals.spill import Rows, on_disk
 from triptych.evals.token_analysis import TokenAnalysis, analyse
+from triptych.evals.transform import EvalTransform, batches
 from triptych.losses import unit
 from triptych.methods.base import Method, Siamese
 from triptych.methods.mte import MTE
 from triptych.methods.supervised import Supervised
+from triptych.precision import fast_precision
 from triptych.schedules import Progress
 from triptych.tokens import Tokens
 

@@ -20,8 +20,8 @@ from triptych.data.pixels import Picture, cut, shrink_for
 from triptych.data.sources import Source
 from triptych.encoders import Encoder
 from triptych.errors import UserError
-from triptych.evals.features import EvalTransform
 from triptych.evals.frozen import fast_batch, frozen
+from triptych.evals.transform import EvalTransform
 
 HIDDEN = 0.5  # of the pixels; at one half `draw_blocks` draws no other share
 

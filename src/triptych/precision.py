@@ -1,0 +1,12 @@
+"""Which precision is fast on a device."""
+
+import torch
+
+
+def fast_precision(device: torch.device | str) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it fast, else float32."""
+    if torch.device(device).type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
