@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from timing import report as write_report
-from triptych import commands
+from triptych.run_frozen import Asked, eval_knn, eval_linear
 
 # What makes the small recipes fit into 40 minutes on two cores without bf16 units.
 BUDGET = """
@@ -78,11 +78,9 @@ def minutes_and_rate(run: Path) -> tuple[float, float]:
 
 
 def measure(options, name: str, which: str, token: str, train_data: str, val_data: str) -> dict:
-    about = {"weights": which, "arch": None, "size": None, "token": token, "layers": 1, "cache": True}
     run, out = str(options.out / name), options.out / "results.jsonl"
-    near = commands.eval_knn(run, train_data, val_data, out, k=[10, 20], temperature=0.07, **about)
-    probe = {"epochs": 50, "batch": 256, "select": "held_out", "norm": "none", "seed": 0}
-    flat = commands.eval_linear(run, train_data, val_data, out, probe, **about)
+    asked = Asked(train_data, val_data, out, [token], encoder={"weights": which})
+    (near,), (flat,) = eval_knn(run, asked, k=[10, 20]), eval_linear(run, asked, epochs=50)
     row = {"run": name, "weights": which, "token": token, "knn10": near["top1"][10], "knn20": near["top1"][20]}
     return row | {"linear": flat["top1"], "lr": flat["lr"]}
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from imagenette import train_side_by_side
 from timing import report as write_report
-from triptych import commands
 from triptych.ablation import COMBINATIONS
+from triptych.run_frozen import Asked, eval_knn, eval_linear
 
 # What makes the small recipe fit into an hour on two cores without bf16 units.
 BUDGET = """
@@ -59,14 +59,9 @@ def main() -> None:
 
 
 def measure(run: Path, weights: str, data: tuple[str, str], out: Path) -> str:
-    near, flat = [], []
-    for token in ("cls", "patch_mean"):
-        about = {"weights": weights, "arch": None, "size": None, "token": token, "layers": 1, "cache": True}
-        found = commands.eval_knn(str(run), *data, out / "results.jsonl", k=[10], temperature=0.07, **about)
-        near.append(f"{found['top1'][10]:.1f}")
-        probe = {"epochs": 50, "batch": 256, "select": "held_out", "norm": "none", "seed": 0}
-        found = commands.eval_linear(str(run), *data, out / "results.jsonl", probe, **about)
-        flat.append(f"{found['top1']:.1f}")
+    asked = Asked(*data, out / "results.jsonl", ["cls", "patch_mean"], encoder={"weights": weights})
+    near = [f"{found['top1'][10]:.1f}" for found in eval_knn(str(run), asked, k=[10])]
+    flat = [f"{found['top1']:.1f}" for found in eval_linear(str(run), asked, epochs=50)]
     return " | ".join(near + flat)
 
 

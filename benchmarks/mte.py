@@ -15,7 +15,8 @@ from pathlib import Path
 
 from imagenette import train_side_by_side
 from timing import report as write_report
-from triptych import commands, run_evals
+from triptych import run_evals
+from triptych.run_frozen import Asked, eval_knn, eval_linear
 
 # What makes the small recipes fit into an hour on two cores without bf16 units.
 SIZE = "--encoder.image_size 48 --views.global_size 48 --encoder.width 128 --encoder.heads 4 --encoder.depth 4".split()
@@ -64,10 +65,8 @@ def main() -> None:
 
 def of_global(run: Path, weights: str, data: tuple[str, ...], out: Path) -> str:
     """k-NN and linear of a run's class token."""
-    about = {"weights": weights, "arch": None, "size": None, "token": "cls", "layers": 1, "cache": True}
-    near = commands.eval_knn(str(run), data[0], data[1], out, k=[10], temperature=0.07, **about)
-    probe = {"epochs": 50, "batch": 256, "select": "held_out", "norm": "none", "seed": 0}
-    flat = commands.eval_linear(str(run), data[0], data[1], out, probe, **about)
+    asked = Asked(data[0], data[1], out, ["cls"], encoder={"weights": weights})
+    (near,), (flat,) = eval_knn(str(run), asked, k=[10]), eval_linear(str(run), asked, epochs=50)
     return f"{near['top1'][10]:.1f} | {flat['top1']:.1f}"
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from conftest import timm_name, tiny_encoder, tiny_swin
-from triptych.methods.supervised import Classifier
+from triptych.methods.supervised import Classifier, SupervisedConfig
 from triptych.optim import LARS, OptimConfig, make_optimizer, parameter_groups, set_rates
 from triptych.schedules import Progress, cosine, warmup_cosine
 from triptych.tokens import TokenSpec
@@ -109,7 +109,7 @@ def test_every_trained_parameter_is_in_one_group_and_frozen_ones_in_none():
 def test_layer_decay_is_maes(golden):
     """Rate's scale and weight decay of every parameter of a ViT of 12 blocks with a classifier."""
     g = golden("mae_layer_decay")
-    classifier = Classifier(tiny_encoder(TokenSpec(), depth=int(g["depth"])), 3)
+    classifier = Classifier(tiny_encoder(TokenSpec(), depth=int(g["depth"])), SupervisedConfig(classes=3))
     found = {}
     for gamma in (65, 75):
         optimizer = make_optimizer(classifier, OptimConfig(layer_decay=gamma / 100, decay="no_tokens"))

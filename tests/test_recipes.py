@@ -1,5 +1,7 @@
 """Recipes and settings: every recipe builds and trains a step; overrides are checked and remembered."""
 
+import math
+
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from triptych.settings import flat, nested, parse_overrides, resolve
 
 SMALL_HEADS = {"hidden": 16, "embedding": 8, "prototypes": 32, "queue": 8, "pool_kernel": 3, "blocks": [1, 2]}
 SMALL_HEADS |= {"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
+FROM_WEIGHTS = {"method.projection": 0, "method.classifier": "new"}  # tests/evals/test_finetune.py has some
 
 
 def toy(name: str) -> Recipe:
@@ -25,6 +28,7 @@ def toy(name: str) -> Recipe:
         k: SMALL_HEADS[k.split(".")[-1]] for k in values if k.startswith("method.") and k.split(".")[-1] in SMALL_HEADS
     }
     given = {k: v for k, v in given.items() if values[k]}  # a queue that is off stays off
+    given |= {k: v for k, v in FROM_WEIGHTS.items() if k in values}
     if values["encoder.name"] == "vit":
         small = {"width": 24, "depth": 2, "heads": 3, "arch": "vit_tiny_patch16_224"}
     else:
@@ -72,6 +76,68 @@ def test_the_papers_recipes_say_what_the_papers_say():
     assert (dino.epochs, dino.batch, dino.views.local_crops, dino.method.teacher_temp) == (100, 512, 8, 0.04)
     assert dino.method.norm_last_layer
     assert not udi.method.norm_last_layer
+
+
+def test_the_names_of_recipes_are_their_own():
+    assert [make().name for make in RECIPES.values()] == list(RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "peak", "gamma", "epochs", "warmup"),
+    [  # the authors' learning rate at their batch: specs of UDI, MTE and MMC, and the released commands
+        ("finetune_mae_vitb16_in1k_100ep", 1024, 2e-3, 0.65, 100, 5),
+        ("finetune_ibot_vits16_in1k_200ep", 1024, 4e-3, 0.75, 200, 20),
+        ("finetune_ibot_vitb16_in1k_100ep", 1024, 4e-3, 0.65, 100, 20),
+        ("finetune_udi_vits16_in1k_200ep", 1024, 1e-3, 0.55, 200, 20),
+        ("finetune_mte_vits16_in1k_100ep", 1024, 2e-3, 0.75, 100, 20),
+        ("finetune_mte_vitb16_in1k_200ep", 1024, 2e-3, 0.60, 200, 20),
+        ("finetune_mte_vitb16_384px_in1k_30ep", 512, 2e-5, 0.85, 30, 5),
+        ("finetune_mmc_vitb16_in1k_100ep", 256, 5e-4, 0.65, 100, 5),
+        ("finetune_mmc_vitb16_200ep", 128, 5e-4, 0.65, 200, 5),
+        ("finetune_vits16_in100_200ep", 128, 5e-4, 0.65, 200, 5),
+        ("lowshot_ibot_vits16", 1024, 5e-6 * 2, 1.0, 1000, 5),
+        ("lowshot_udi_vits16", 512, 5e-6, 1.0, 1000, 5),
+        ("transfer_cifar10_ibot_vitb16", 768, 7.5e-6 * 1.5, 1.0, 1000, 5),
+        ("transfer_cifar10_udi_vits16", 768, 5e-6 * 1.5, 1.0, 1000, 5),
+        ("transfer_cars_udi_vits16", 768, 7.5e-5 * 1.5, 1.0, 1000, 5),
+        ("transfer_inat18_udi_vits16", 768, 3e-5 * 1.5, 1.0, 360, 5),
+        ("transfer_inat19_ibot_vitb16", 768, 7.5e-6 * 1.5, 1.0, 360, 5),
+    ],
+)
+def test_fine_tuning_has_the_authors_rates(name, batch, peak, gamma, epochs, warmup):
+    recipe = RECIPES[name]()
+    lr, decay = recipe.optim.rates(recipe.batch)
+    steps, total = 1000, 1000 * epochs
+    at_peak = Progress(warmup * steps, total, steps)
+    timm, beit = name.startswith(("lowshot", "transfer")), any(f"_{w}_" in name for w in ("ibot", "udi", "mte"))
+    assert recipe.optim.schedule == ("moby" if timm else "dino" if beit else "mocov3")  # whose warm-up it is
+    if timm:  # the cosine has begun by then
+        floor = recipe.optim.min_lr
+        peak = floor + (peak - floor) * (1 + math.cos(math.pi * warmup / epochs)) / 2
+    assert lr(at_peak) == pytest.approx(peak)
+    start = 1e-6 if "udi" in name or "ibot" in name or "mte" in name else 0.0
+    assert lr(Progress(0, total, steps)) == pytest.approx(start)
+    assert decay(at_peak) == pytest.approx(1e-8 if "384" in name else 0.05)
+    assert (recipe.batch, recipe.epochs) == (batch, epochs)
+    assert (recipe.optim.layer_decay, recipe.optim.decay, recipe.optim.clip) == (gamma, "no_tokens", None)
+
+
+def test_fine_tuning_reads_and_starts_what_the_authors_do():
+    made = {name: make() for name, make in RECIPES.items() if name.startswith(("finetune", "lowshot", "transfer"))}
+    tokens = {"mae": "patch_mean", "mmc": "cls+patch_mean", "ibot": "cls", "udi": "cls", "mte": "cls"}
+    for name, recipe in made.items():
+        whose = next((w for w in tokens if w in name.split("_")), "mmc")
+        method = recipe.method
+        assert (method.token, method.fc_norm) == (tokens[whose], whose == "mae"), name
+        assert method.projection == (2048 if "lowshot" in name else 0), name
+        assert recipe.views.repeats == (3 if "transfer" in name or "lowshot_ibot" in name else 1), name
+        assert method.average == (0.0 if "finetune" in name else 0.99996), name
+        assert recipe.encoder.registers == (1 if whose == "udi" else 0), name
+        assert (method.classifier == "kept", recipe.views.global_size == 384) == ("384" in name, "384" in name), name
+    erased = {name: made[f"transfer_{name}"].method.erase for name in ("cifar10_ibot_vitb16", "inat18_ibot_vitb16")}
+    assert erased == {"cifar10_ibot_vitb16": 0.25, "inat18_ibot_vitb16": 0.1}
+    assert made["finetune_vits16_in100_200ep"].views.colour == "three_augment"
+    assert made["finetune_mmc_vitb16_in1k_100ep"].views.colour == "randaug"
 
 
 def test_overrides_win_over_the_file_which_wins_over_the_recipe(tmp_path):
@@ -186,7 +252,7 @@ def test_the_dotted_names_are_frozen():
     }
     assert {n for n in names if n.startswith("views.")} == {
         f"views.{n}"
-        for n in "global_crops interpolation global_size local_size local_crops global_scale local_scale overlap local_reference flip colour blur_scale mean std".split()
+        for n in "global_crops interpolation global_size local_size local_crops global_scale local_scale overlap local_reference flip colour blur_scale repeats mean std".split()
     }
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from triptych import distributed
 from triptych.errors import UserError
 from triptych.recipe import Recipe
+from triptych.run_finetune import for_run
 from triptych.settings import Flat, resolve
 
 # Row of the table -> weights of L_MIM, L_PAT, L_CLS (`--method.weights`); the rows in the paper's order.
@@ -43,7 +44,7 @@ def ablate(
     -> one dict per row: losses, knn_class, knn_patch, finetuned (top-1 percent; None without fine-tuning).
     Under torchrun all processes train; the first one measures and returns the rows, the others return none.
     """
-    from triptych.commands import labelled_pair
+    from triptych.evaluation import labelled_pair
     from triptych.train import check_run, train
 
     chosen = list(COMBINATIONS) if rows is None else list(dict.fromkeys(rows))
@@ -101,18 +102,8 @@ def tuning_recipe(name: str, trained: Recipe, run: Path, overrides: Flat) -> Rec
         found, _ = resolve(name, None, own)
     if found.method.name != "supervised":
         raise UserError(f"--finetune {name} trains {found.method.name}: give a recipe of supervised training, or none")
-    same = {field: getattr(trained.views, field) for field in ("global_size", "mean", "std")}
-    encoder = {"weights": str(run), "drop_path": found.encoder.drop_path}
-    method = found.method
-    if trained.encoder.name == "swin":  # its class token is the mean patch
-        method = method.model_copy(update={"token": "cls"})
-    return found.model_copy(
-        update={
-            "method": method,
-            "encoder": trained.encoder.model_copy(update=encoder),
-            "views": found.views.model_copy(update=same),
-        }
-    )
+    found = for_run(found, trained, own)
+    return found.model_copy(update={"encoder": found.encoder.model_copy(update={"weights": str(run)})})
 
 
 @contextmanager
@@ -126,14 +117,12 @@ def _of_tuning() -> Iterator[None]:
 
 def measure(row: str, out: Path, data: str, test: str | None, k: int, tuned: bool) -> dict[str, Any]:
     """The teacher's class token and mean patch by k-NN, the fine-tuned classifier as it is."""
-    from triptych.commands import eval_knn
     from triptych.run_evals import eval_classify
+    from triptych.run_frozen import Asked, eval_knn
 
-    about: dict[str, Any] = {"weights": "teacher", "arch": None, "size": None, "layers": 1, "cache": True}
-    results, values = out / "results.jsonl", []
-    for token in ("cls", "patch_mean"):
-        found = eval_knn(str(out / row), data, test, results, k=[k], temperature=0.07, token=token, **about)
-        values.append(found["top1"][k])
+    results = out / "results.jsonl"
+    asked = Asked(data, test, results, token=("cls", "patch_mean"))
+    values = [found["top1"][k] for found in eval_knn(str(out / row), asked, k=[k])]
     top1 = None
     if tuned:
         found = eval_classify(str(out / f"{row}-finetuned"), data, test, results, weights="teacher", size=None)

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from triptych import distributed
 from triptych.bench_parts import Bench
-from triptych.commands import console, report, writable
 from triptych.data.sources import open_source
 from triptych.errors import UserError, nearest
+from triptych.evaluation import console, report, writable
 from triptych.recipe import of_source
 from triptych.settings import parse_overrides, resolve
 from triptych.train import check_run

@@ -1,6 +1,7 @@
 """The command line.  Nothing heavy is imported before a command needs it: --help and completion stay quick."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,8 @@ app = App(
     version=__version__,
 )
 app.command(evaluate)
+for more in ("triptych.cli_eval_runs", "triptych.cli_eval_sets"):  # their commands register themselves
+    import_module(more)
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 
@@ -184,6 +187,46 @@ def export(
     from triptych import commands
 
     commands.export(model, out, weights, size)
+
+
+@app.command
+def embed(
+    model: Model,
+    *,
+    data: str,
+    out: Path,
+    token: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    layers: int = 1,
+    size: int | None = None,
+    weights: Literal["teacher", "student", "untrained"] = "teacher",
+    arch: str | None = None,
+    half: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Write the features of every image to a file.  The same command goes on with what was stopped.
+
+    Parameters
+    ----------
+    data
+        Images, labelled or not.
+    out
+        FILE.npy (with FILE.rows.csv, which names the images), FILE.parquet or FILE.csv.
+    token
+        One or several of cls, cls_plus, patch_mean, cls+patch_mean, cls_raw, cls+gem, attended_N.  Default: cls.
+    layers
+        Class tokens of so many last blocks, concatenated.
+    size
+        Pixels of the images.  Default: what the encoder was trained on.
+    weights
+        Of a run: the teacher, the student, or before training.
+    arch
+        timm name of the architecture, where a bare file of weights leaves the heads open.
+    half
+        float16 numbers instead of float32.
+    """
+    from triptych import run_embed
+
+    options = {"layers": layers, "size": size, "weights": weights, "arch": arch, "half": half}
+    run_embed.run(model, data, out, token=token or ["cls"], **options)
 
 
 def main(arguments: list[str] | None = None) -> None:

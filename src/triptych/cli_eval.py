@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
+
+if TYPE_CHECKING:
+    from triptych.run_frozen import Asked
 
 evaluate = App(name="eval", help="Measure a frozen encoder on labelled images.")
 
 Model = Annotated[str, Parameter(help="A run's folder, an export, a file of weights or a timm name.")]
-Run = Annotated[str, Parameter(help="A run's folder or one of its checkpoints.")]
+MODELS = Parameter(help="Runs' folders, exports, files of weights or timm names.")
 
 
 @Parameter(name="*")
@@ -46,9 +49,11 @@ class Frozen(Measured):
     Parameters
     ----------
     token
-        cls_plus is UDI's class+ token.
+        One or several of cls, cls_plus (UDI), patch_mean, cls+patch_mean, cls_raw (before the final norm), cls+gem,
+        attended_N (mean of the N patches that the class token attends to most).
+        Default: cls, or what a preset says.
     layers
-        Class tokens of so many last blocks, concatenated (linear in the papers: 4 for ViT-S).
+        Class tokens of so many last blocks, concatenated.  Default: 1, or what a preset says.
     more
         Further models, whose features are put beside the first one's, each of unit length.
     arch
@@ -57,18 +62,27 @@ class Frozen(Measured):
         Keep and reuse extracted features under ~/.cache/triptych (or $TRIPTYCH_CACHE).
     """
 
-    token: Literal["cls", "cls_plus", "patch_mean", "cls+patch_mean"] = "cls"
-    layers: int = 1
+    token: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None
+    layers: int | None = None
     more: Annotated[list[str] | None, Parameter(name="--with", consume_multiple=True, negative="")] = None
     arch: str | None = None
     cache: bool = True
+
+    def asked(self, *default: str) -> "Asked":
+        """default: tokens where none is given; none of them: the preset's."""
+        from triptych.run_frozen import Asked
+
+        encoder = {name: getattr(self, name) for name in ("more", "weights", "arch", "size", "cache")}
+        tokens = list(dict.fromkeys(self.token or default))
+        return Asked(self.data, self.test, self.out, tokens, self.layers, encoder)
 
 
 @evaluate.command(name="knn")
 def eval_knn(
     model: Model,
     *,
-    k: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
+    k: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
+    preset: Literal["dino", "udi", "mte", "mmc"] | None = None,
     temperature: float = 0.07,
     options: Frozen,
 ) -> None:
@@ -78,22 +92,27 @@ def eval_knn(
     ----------
     k
         Numbers of neighbours, default 10 20 100 200.
+    preset
+        The numbers of neighbours of a paper instead.
     temperature
         Of the votes exp(cosine / T).
     """
-    from triptych import commands
+    from triptych import run_frozen
 
-    commands.eval_knn(model, k=k, temperature=temperature, **vars(options))
+    run_frozen.eval_knn(model, options.asked("cls"), k=k, preset=preset, temperature=temperature)
 
 
 @evaluate.command(name="linear")
 def eval_linear(
     model: Model,
     *,
-    epochs: int = 100,
-    batch: int = 256,
-    select: Literal["held_out", "test"] = "held_out",
-    norm: Literal["none", "batch"] = "none",
+    preset: Literal["sweep", "dino", "ibot", "mae", "msn", "udi"] = "sweep",
+    augment: Annotated[bool, Parameter(negative="")] = False,
+    epochs: int | None = None,
+    batch: int | None = None,
+    lrs: Annotated[list[float] | None, Parameter(consume_multiple=True, negative="")] = None,
+    norm: Literal["none", "batch", "unit"] | None = None,
+    select: Literal["held_out", "test", "paper"] = "held_out",
     seed: int = 0,
     options: Frozen,
 ) -> None:
@@ -101,181 +120,131 @@ def eval_linear(
 
     Parameters
     ----------
+    preset
+        Whose token, head, optimiser, rates, schedule and epochs.  sweep: SGD at eleven rates.
+    augment
+        Train on freshly augmented images as the paper does, instead of stored features: a pass of the encoder over the
+        training images in every epoch.
+    epochs
+        Instead of the preset's.
+    batch
+        Instead of the preset's.
+    lrs
+        Instead of the preset's, per 256 images.
+    norm
+        Instead of the preset's: "batch" standardises features, "unit" makes them of unit length.
     select
-        What the rate is chosen on: a held-out tenth of the training images, or the test images (the papers' way).
-    norm
-        "batch" standardises features with the training mean and deviation (MAE's way).
+        What rate and epoch are chosen on: a held-out tenth of the training images (the last epoch counts), the test
+        images (the last epoch counts), or as the preset's authors do: mostly the best of all epochs on the test images.
     """
-    from triptych import commands
+    from triptych import run_frozen
 
-    probe = {"epochs": epochs, "batch": batch, "select": select, "norm": norm, "seed": seed}
-    commands.eval_linear(model, probe=probe, **vars(options))
+    changes = {"epochs": epochs} if augment else {"epochs": epochs, "batch": batch, "lrs": lrs, "norm": norm}
+    if augment and (batch or lrs or norm):
+        from triptych.errors import UserError
 
-
-@evaluate.command(name="tokens")
-def eval_tokens(run: Run, *, k: int = 10, linear: bool = False, options: Measured) -> None:
-    """What each auxiliary token of a run knows, alone, in pairs and together, and that removing them costs nothing.
-
-    Parameters
-    ----------
-    k
-        Number of neighbours.
-    linear
-        Linear classifiers too, on the global token and on all auxiliary tokens together.
-    """
-    from triptych import run_evals
-
-    run_evals.eval_tokens(run, k=k, probe=linear, **vars(options))
+        raise UserError("--augment trains as the preset says: of --batch, --lrs and --norm none can be changed")
+    probe = {"preset": preset, "augmented": augment, "select": select, "seed": seed, **changes}
+    run_frozen.eval_linear(model, options.asked(), **probe)
 
 
-@evaluate.command(name="classify")
-def eval_classify(run: Run, *, options: Measured) -> None:
-    """The classifiers that a supervised run trained: nothing is learned here.
-
-    Without `--test` it measures on the data's own held-out part or, where it has none, on all of the data.
-    """
-    from triptych import run_evals
-
-    run_evals.eval_classify(run, **vars(options))
-
-
-@evaluate.command(name="variance")
-def eval_variance(
+@evaluate.command(name="logistic")
+def eval_logistic(
     model: Model,
     *,
-    data: str,
-    views: int = 128,
-    images: int | None = None,
-    scale: Annotated[tuple[float, float], Parameter(negative="")] = (0.25, 1.0),
-    size: int | None = None,
-    weights: Literal["teacher", "student", "untrained"] = "teacher",
-    arch: str | None = None,
+    share: Annotated[list[float] | None, Parameter(consume_multiple=True, negative="")] = None,
+    per_class: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
+    labels: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    draws: int = 3,
+    preset: Literal["udi", "dino", "msn", "msn_few"] | None = None,
+    lam: float | None = None,
     seed: int = 0,
-    out: Path = Path("results.jsonl"),
+    options: Frozen,
 ) -> None:
-    """How much the global token varies under random crops of an image, and patch tokens where half of it is hidden.
+    """Logistic regression on few labels, solved to the optimum.  Default: 1 % and 10 % of the labels.
 
     Parameters
     ----------
-    data
-        Images, labelled or not; of data with a held-out part, that part.
-    views
-        Crops of each image, and as many maskings.
-    images
-        At most so many images, drawn by the seed.  Default: all.
-    scale
-        Smallest and largest share of the image's area that a crop has.
-    size
-        Pixels of the crops.  Default: what the encoder was trained on.
-    weights
-        Of a run: the teacher, the student, or before training.
-    arch
-        timm name of the architecture, where a bare file of weights leaves the heads open.
-    out
-        File that the result is appended to as one JSON line.
+    share
+        Shares of the labels, 0 to 1, drawn by class.
+    per_class
+        Numbers of labelled images of each class.
+    labels
+        Files that list the labelled images, such as SimCLR's 1percent.txt.
+    draws
+        Random choices of the labelled images; their mean and its 95 % interval are told.
+    preset
+        Whose strength, rows and token: udi (λ = 0.1 / images), dino (λ = 0.1), msn (centred rows).  Default: udi.
+    lam
+        Another strength λ.
     """
-    from triptych import run_evals
+    from triptych import run_frozen
+    from triptych.evals.protocols import labels_asked
 
-    options = {"views": views, "images": images, "scale": scale, "seed": seed}
-    run_evals.eval_variance(model, data, out, size=size, weights=weights, arch=arch, **options)
-
-
-@evaluate.command(name="reconstruction")
-def eval_reconstruction(
-    run: Run,
-    *,
-    data: str,
-    out: Path = Path("reconstruction.png"),
-    images: int = 4,
-    blocks: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
-    norm: bool = True,
-    seed: int = 0,
-) -> None:
-    """A picture of what the pixel head of MMC, SiT, GMML or MC-SSL makes of the student's patches after each block.
-
-    Parameters
-    ----------
-    data
-        Images, labelled or not; of data with a held-out part, that part.
-    out
-        File of the picture.
-    images
-        Rows of the picture, drawn by the seed.
-    blocks
-        Counted from 1.  Default: the upper half.
-    norm
-        The patches pass the encoder's final norm before the head.
-    """
-    from triptych import run_evals
-
-    run_evals.eval_reconstruction(run, data, out, images=images, blocks=blocks or (), norm=norm, seed=seed)
+    few = labels_asked(share, per_class, labels, draws, default=(0.01, 0.1))
+    run_frozen.eval_logistic(model, options.asked(), few, preset=preset, lam=lam, seed=seed)
 
 
-@evaluate.command(name="patches")
-def eval_patches(
+@evaluate.command(name="fewshot")
+def eval_few_shot(
     model: Model,
     *,
-    data: str,
-    images: int = 2000,
-    head: bool = False,
-    weights: Literal["teacher", "student", "untrained"] = "teacher",
-    size: int | None = None,
-    arch: str | None = None,
+    ways: int = 5,
+    shots: int = 1,
+    queries: int = 15,
+    episodes: int = 600,
+    averaging: Literal["pairs", "episodes"] = "pairs",
     seed: int = 0,
-    out: Path = Path("results.jsonl"),
+    options: Frozen,
 ) -> None:
-    """What patch tokens share within an image and between images, and whether they tell where they stand.
+    """Episodes of few classes and support images: nearest support, and F1 of a threshold on the similarity (MMC).
+
+    Of data with a held-out part, that part.
 
     Parameters
     ----------
-    data
-        Images; labels are not used.
-    images
-        At most so many, drawn at random.
-    head
-        Of a run of MMC: the embeddings after its head for patches instead of the tokens.
-    weights
-        Of a run: the teacher, the student, or before training.
-    size
-        Pixels of the evaluated images.  Default: what the encoder was trained on.
-    arch
-        timm name of the architecture, where a bare file of weights leaves the heads open.
-    seed
-        Of the draw.
-    out
-        File that the result is appended to as one JSON line.
+    ways
+        Classes of an episode.
+    shots
+        Support images of each.
+    queries
+        Queries of each.
+    averaging
+        F1 of all pairs of all episodes together, or the mean of the episodes' F1.
     """
-    from triptych import run_experiments
+    from triptych import run_frozen
 
-    options = {"weights": weights, "size": size, "arch": arch, "images": images, "head": head, "seed": seed}
-    run_experiments.eval_patches(model, data, out, **options)
+    settings = {"ways": ways, "shots": shots, "queries": queries, "episodes": episodes, "averaging": averaging}
+    run_frozen.eval_few_shot(model, options.asked("cls"), seed=seed, **settings)
 
 
-@evaluate.command(name="gradients")
-def eval_gradients(
-    run: Run,
-    *,
-    data: str,
-    batches: int = 8,
-    weights: Literal["teacher", "untrained"] = "teacher",
-    seed: int = 0,
-    out: Path = Path("results.jsonl"),
+@evaluate.command(name="clustering")
+def eval_clustering(
+    model: Model, *, clusters: int | None = None, restarts: int = 10, seed: int = 0, options: Frozen
 ) -> None:
-    """How hard each term of a run's loss pulls at the encoder's last block, and whether the terms agree.
+    """k-means of frozen features: do its clusters agree with the classes?  Of data with a held-out part, that part.
 
     Parameters
     ----------
-    data
-        Images, made into views as in training; labels are used where the method does.
-    batches
-        Number of the recipe's batches that are averaged over.
-    weights
-        The run as trained, or before training.
-    seed
-        Of crops, corruption and noise.
-    out
-        File that the result is appended to as one JSON line.
+    clusters
+        Default: as many as there are classes.
+    restarts
+        Starts of k-means; the one of least inertia counts.
     """
-    from triptych import run_experiments
+    from triptych import run_frozen
 
-    run_experiments.eval_gradients(run, data, out, weights=weights, batches=batches, seed=seed)
+    run_frozen.eval_clustering(model, options.asked("cls"), clusters=clusters, restarts=restarts, seed=seed)
+
+
+@evaluate.command(name="cka")
+def eval_cka(models: Annotated[list[str], MODELS], /, *, unbiased: bool = False, options: Frozen) -> None:
+    """Linear CKA: how alike is what tokens and encoders know?  Of every `--token` of every model, on the same images.
+
+    Parameters
+    ----------
+    unbiased
+        The estimator that has expectation near 0 for unrelated features, also of few images.
+    """
+    from triptych import run_frozen
+
+    run_frozen.eval_cka(models, options.asked("cls"), unbiased=unbiased)

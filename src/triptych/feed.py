@@ -54,7 +54,8 @@ def view_batches(
     on_device = recipe.loader.colour == "device"
     dataset = ViewDataset(source, recipe.views, spec, patch_size, recipe.seed, colour_on_device=on_device)
     world = distributed.rank(), distributed.world_size()
-    batches = Batches(len(source), recipe.batch, recipe.epochs, recipe.seed, recipe.accumulate, *world, start)
+    drawn = len(source), recipe.batch, recipe.epochs, recipe.seed, recipe.accumulate
+    batches = Batches(*drawn, *world, start, recipe.views.repeats)
     return iter(make_loader(dataset, batches, recipe.loader, pin=device.type == "cuda"))
 
 

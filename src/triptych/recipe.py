@@ -13,7 +13,9 @@ from triptych.encoders import build as build_encoder
 from triptych.encoders.load import load_weights
 from triptych.encoders.swin import Swin
 from triptych.errors import UserError
+from triptych.kept_head import keep_head
 from triptych.methods import METHODS, Method, MethodConfig, SupervisedConfig
+from triptych.methods.supervised import Supervised
 from triptych.optim import OptimConfig
 
 
@@ -61,19 +63,29 @@ def build_method(recipe: Recipe) -> Method:
     _check_fit(recipe, encoder)
     if recipe.encoder.weights:
         load_weights(encoder, recipe.encoder.weights)
-    return methods.build(encoder, recipe.method)
+    method = methods.build(encoder, recipe.method)
+    if recipe.encoder.weights and isinstance(method, Supervised):
+        keep_head(method, recipe.encoder.weights)
+    return method
 
 
 def of_source(recipe: Recipe, source: Source) -> Recipe:
-    """The recipe with what only the images tell: the number of classes of supervised training."""
-    if not isinstance(recipe.method, SupervisedConfig):
+    """The recipe with what only the images tell: the number of classes of supervised training.
+
+    Raises UserError where they do not fit, or where fine-tuning has nothing to start from.
+    """
+    c = recipe.method
+    if not isinstance(c, SupervisedConfig):
         return recipe
+    if (c.projection or c.classifier == "kept") and not recipe.encoder.weights:
+        what = f"projection {c.projection}" if c.projection else "classifier kept"
+        raise UserError(f"--method.{what} is kept from what training starts from: give --encoder.weights")
     if not source.classes:
         raise UserError(f"{source.name} has no labels: put the images of each class in a sub-folder of its own")
-    found, asked = len(source.classes), recipe.method.classes
+    found, asked = len(source.classes), c.classes
     if asked not in (None, found):
         raise UserError(f"--method.classes {asked}: {source.name} has {found} classes; leave the setting out")
-    return recipe.model_copy(update={"method": recipe.method.model_copy(update={"classes": found})})
+    return recipe.model_copy(update={"method": c.model_copy(update={"classes": found})})
 
 
 def _check_fit(recipe: Recipe, encoder: Encoder) -> None:

@@ -8,18 +8,20 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from triptych.commands import about_images, console, device, labelled_pair, report, say_unreadable, writable
 from triptych.data.sources import Source, open_source, splits
 from triptych.encoders import Encoder
 from triptych.encoders.load import load_encoder, load_method
 from triptych.errors import UserError
 from triptych.evals.classify import check_supervised, classify
 from triptych.evals.features import labels_of, weights_hash
+from triptych.evals.outcome import about_images
+from triptych.evals.pseudo_labels import pseudo_labels
 from triptych.evals.reconstruction import corrupted_view, reconstruct, with_pixel_head
 from triptych.evals.token_analysis import COLUMNS
 from triptych.evals.tokens import Side, TokensResult, extract_tokens, measure_tokens
 from triptych.evals.transform import EvalTransform
 from triptych.evals.variance import variance
+from triptych.evaluation import console, device, labelled_pair, report, say_unreadable, writable
 from triptych.recipe import Recipe
 
 
@@ -42,7 +44,11 @@ def eval_tokens(run: str, data: str, test: str | None, out: Path, *, weights, si
     result = measure_tokens(train, labels[0], held, labels[1], **options)
     kept = side.encoder.without("aux").without("mask")  # the encoder of eval knn and of exports
     about = {"model": f"{name} ({shown})", "encoder": weights_hash(kept), "heads": kept.heads}
-    about |= about_images(pair) | {"size": transform.size, "resize": transform.resize, "recipe": recipe.name}
+    about |= about_images(train=pair[0], test=pair[1]) | {
+        "size": transform.size,
+        "resize": transform.resize,
+        "recipe": recipe.name,
+    }
     for table in token_tables(result, pair[1].classes or ()):
         console.print(table)
     if side.weights == "student" and weights == "teacher":
@@ -95,12 +101,29 @@ def eval_classify(run: str, data: str, test: str | None, out: Path, *, weights, 
     kind = "average of weights" if result.averaged else "weights as trained"
     about = {"model": f"{name} ({weights})", "recipe": recipe.name}
     about |= {"encoder": weights_hash(used.encoder.without("aux")), "heads": used.encoder.heads}
-    about |= {"test": {"name": source.name, "fingerprint": source.fingerprint()}, "size": transform.size}
+    about |= about_images(test=source) | {"size": transform.size}
     table = Table("classifier", "top-1 %", "top-5 %", title=f"{result.images} images of {source.name}, {name}")
     for token in result.top1:
         what = f"global token, {kind}: what inference uses" if token == "global" else token
         table.add_row(what, f"{result.top1[token]:.2f}", f"{result.top5[token]:.2f}")
     return report("classify", asdict(result), about, table, out)
+
+
+def eval_prototypes(run: str, data: str, out: Path, *, weights, size, seed: int) -> dict:
+    writable(out)
+    source, (recipe, method, name) = _held_out(data), load_method(run, weights)
+    transform = _transform(recipe, method.encoder, size)
+    result = pseudo_labels(method, source, transform, student=weights == "student", seed=seed, device=device())
+    about = {"model": f"{name} ({weights})", "recipe": recipe.name, "seed": seed, "size": transform.size}
+    about |= {"encoder": weights_hash(method.encoder.without("aux"))} | about_images(test=source)
+    title = (
+        f"{result.metrics.clusters} of {result.prototypes} prototypes chosen, {result.metrics.images} images, {name}"
+    )
+    table = Table("", "", "labels shuffled", title=title)
+    for measure, scale in (("accuracy", 1), ("nmi", 100), ("ari", 100), ("fowlkes_mallows", 100)):
+        texts = [f"{scale * getattr(m, measure):.2f}" for m in (result.metrics, result.shuffled)]
+        table.add_row(f"{measure}, %", *texts)
+    return report("prototypes", asdict(result), about, table, out)
 
 
 def eval_variance(model: str, data: str, out: Path, *, size, weights, arch, **options) -> dict:
@@ -111,7 +134,7 @@ def eval_variance(model: str, data: str, out: Path, *, size, weights, arch, **op
     transform = EvalTransform.of(pixels, loaded.mean, loaded.std)
     result = variance(loaded.encoder, source, transform, device=device(), **options)
     about = {"model": loaded.name, "encoder": weights_hash(loaded.encoder), "heads": loaded.encoder.heads}
-    about |= {"test": {"name": source.name, "fingerprint": source.fingerprint()}, "resize": transform.resize}
+    about |= about_images(test=source) | {"resize": transform.resize}
     if result.unreadable:
         asked = result.images + result.unreadable
         console.print(f"{result.unreadable} of {asked} images of {source.name} cannot be read: left out", markup=False)

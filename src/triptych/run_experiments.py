@@ -8,7 +8,6 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from triptych.commands import device, report, writable
 from triptych.data.batches import Batches
 from triptych.data.loader import ViewDataset, collate
 from triptych.data.sources import open_source
@@ -16,8 +15,10 @@ from triptych.encoders.load import load_encoder, load_method
 from triptych.errors import UserError
 from triptych.evals.features import weights_hash
 from triptych.evals.gradients import gradients, trained_encoder
+from triptych.evals.outcome import about_images
 from triptych.evals.patches import patches
 from triptych.evals.transform import EvalTransform
+from triptych.evaluation import device, report, writable
 from triptych.health import sample_of
 from triptych.methods import METHODS, Method
 from triptych.methods.base import Tower
@@ -44,7 +45,7 @@ def eval_gradients(run: str, data: str, out: Path, *, weights: str, batches: int
     mean, std = (torch.tensor(x, device=device()) for x in (recipe.views.mean, recipe.views.std))
 
     def drawn():
-        keys = iter(Batches(len(source), part, 1 + batches // per_epoch, seed))
+        keys = iter(Batches(len(source), part, 1 + batches // per_epoch, seed, repeats=recipe.views.repeats))
         for number in range(batches):
             seed_all(hash((seed, number)))
             yield collate([images[key] for key in next(keys)])[0].on_device(device(), mean, std)
@@ -57,7 +58,7 @@ def eval_gradients(run: str, data: str, out: Path, *, weights: str, batches: int
     for pair, cosine in result.cosines.items():
         table.add_row(f"cosine of {pair}", f"{cosine:.3f}")
     about = {"model": f"{name} ({weights})", "encoder": weights_hash(trained_encoder(method)), "seed": seed}
-    about |= {"train": {"name": source.name, "fingerprint": source.fingerprint()}}
+    about |= about_images(train=source)
     return report("gradients", asdict(result), about, table, out)
 
 
@@ -85,7 +86,7 @@ def eval_patches(model: str, data: str, out: Path, *, weights, size, arch, image
     table.add_row("between images, same position", f"{result.same_position:.4f}")
     table.add_row("position told by a linear map, top-1 %", f"{result.position_top1:.2f} (chance {result.chance:.2f})")
     about = {"model": loaded.name, "encoder": weights_hash(loaded.encoder), "head": head, "seed": seed}
-    about |= {"test": {"name": source.name, "fingerprint": source.fingerprint()}, "size": transform.size}
+    about |= about_images(test=source) | {"size": transform.size}
     return report("patches", asdict(result), about, table, out)
 
 

@@ -90,6 +90,20 @@ def test_batches_are_the_epochs_permutation_and_can_start_anywhere():
     assert len(Batches(images=10, batch=3, epochs=2, seed=5, start=4)) == 2
 
 
+def test_repeated_augmentation_shows_a_third_of_the_images_three_times(gradients):
+    """DeiT's rule: the permutation with every image three times in a row, cut off at the epoch's usual length."""
+    once, thrice = (Batches(images=12, batch=6, epochs=2, seed=5, repeats=r) for r in (1, 3))
+    order = [i for batch in list(once)[:2] for _, i in batch]
+    assert list(thrice)[:2] == [[(0, i, r) for i in order[n : n + 2] for r in range(3)] for n in (0, 2)]
+    assert len(list(thrice)) == len(list(once)) == 4
+    assert list(Batches(images=12, batch=6, epochs=2, seed=5, start=3, repeats=3)) == list(thrice)[3:]
+    data = dataset(gradients)
+    boxes = [data[0, 2, r].boxes[0] for r in range(3)]
+    assert not torch.equal(boxes[0], boxes[1])
+    assert not torch.equal(boxes[1], boxes[2])
+    assert torch.equal(boxes[1], data[0, 2, 1].boxes[0])
+
+
 def test_processes_and_accumulated_parts_share_out_one_batch():
     whole = list(Batches(images=20, batch=8, epochs=1, seed=0))
     parts = [list(Batches(20, 8, 1, 0, accumulate=2, rank=r, world=2)) for r in range(2)]

@@ -18,7 +18,7 @@ from PIL import Image
 from triptych.data.images import UnreadableImage
 from triptych.data.sources import SOURCES, load_rgb, open_source, splits
 from triptych.data.subsets import Subset
-from triptych.data.torchvision_sets import SETS
+from triptych.data.torchvision_sets import SETS, split_of
 from triptych.errors import UserError
 
 KEYS = ["cat/1.png", "cat/2.JPG", "dog/deep/3.png", "dog/4.png"]
@@ -202,6 +202,120 @@ def test_a_class_that_only_the_held_out_part_has_is_an_error(tmp_path):
 def test_an_unknown_split_lists_the_folders(tmp_path):
     with pytest.raises(UserError, match=r"'tset'.*train, val"):
         open_source(folder_of(tmp_path, PARTS), split="tset")
+
+
+# --- archives as parts, and classes that lie deeper ---
+
+
+@pytest.fixture
+def packed(tmp_path) -> Path:
+    """A folder with an archive for each part, and other things beside them."""
+    parts = folder_of(tmp_path / "parts", [*PARTS, "test/dog/6.png", "test/cow/7.png", "iconic/8.png"])
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    zip_of(parts / "train", folder / "train.zip")
+    tar_of(parts / "val", folder / "Val.tar", top="val")
+    zip_of(parts / "test", folder / "test.ZIP")
+    zip_of(parts / "iconic", folder / "iconic.zip")
+    (folder / "classes.json").write_text("{}")
+    return folder
+
+
+def test_archives_named_after_parts_are_the_splits_of_their_folder(packed):
+    train = open_source(packed)
+    assert (train.classes, [train.key(i) for i in range(3)]) == (
+        ("cat", "cow", "dog"),
+        ["cat/1.png", "cow/2.png", "dog/3.png"],
+    )
+    assert train.fingerprint() == open_source(packed / "train.zip").fingerprint()
+    val = open_source(packed, split="val")
+    assert (val.classes, [val.label(i) for i in range(2)]) == (train.classes, [0, 2])  # counted as in train
+    assert val.key(0) == "val/cat/4.png"
+    pair = splits(packed)
+    assert pair is not None
+    assert [part.name for part in pair] == [f"{packed} [train]", f"{packed} [test]"]  # test before val
+    assert [pair[1].key(i) for i in range(len(pair[1]))] == ["cow/7.png", "dog/6.png"]
+    assert (pair[1].classes, [pair[1].label(i) for i in range(2)]) == (train.classes, [1, 2])
+    np.testing.assert_array_equal(np.asarray(pair[1].image(1)), np.asarray(picture(5)))
+    assert content(pickle.loads(pickle.dumps(pair[1]))) == content(pair[1])
+    with pytest.raises(UserError, match=r"'iconic' of .*there are test, train, val"):
+        open_source(packed, split="iconic")
+
+
+def test_without_a_test_archive_the_next_held_out_one_counts_and_without_any_there_is_none(packed):
+    (packed / "test.ZIP").unlink()
+    pair = splits(packed)
+    assert pair is not None
+    assert pair[1].key(0) == "val/cat/4.png"
+    (packed / "Val.tar").unlink()
+    assert splits(packed) is None
+    assert len(open_source(packed)) == 3
+
+
+def test_an_archive_unpacked_beside_itself_is_read_from_its_folders(packed):
+    folder_of(packed, ["train/ant/8.png", "train/bee/9.png", "val/bee/8.png"])
+    pair = splits(packed)
+    assert pair is not None
+    assert [part.classes for part in pair] == [("ant", "bee")] * 2
+    assert pair[1].key(0) == "val/bee/8.png"
+
+
+def test_two_archives_of_one_part_are_an_error_that_names_both(packed):
+    shutil.copy(packed / "train.zip", packed / "train.tar")
+    with pytest.raises(UserError, match=r"train\.tar and train\.zip, both its part train: keep one"):
+        open_source(packed)
+
+
+def test_tar_files_of_other_names_are_shards_still(tmp_path):
+    (tmp_path / "shards").mkdir()
+    for part in ("train-0", "train-1"):
+        tar_of(folder_of(tmp_path / part, [f"{part}.png"]), tmp_path / "shards" / f"{part}.tar")
+    assert len(open_source(tmp_path / "shards")) == 2
+    assert splits(tmp_path / "shards") is None
+
+
+ALPHABETS = [
+    "Greek/character01/1.png",
+    "Greek/character02/2.png",
+    "Latin/character01/3.png",
+    "Latinate/character01/4.png",
+]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_leaf_class_is_the_whole_path_of_the_folder(kind, tmp_path):
+    path = folder_of(tmp_path / "letters", ALPHABETS)
+    if kind == "zip":
+        path = zip_of(path, tmp_path / "letters.zip")
+    assert open_source(path).classes == ("Greek", "Latin", "Latinate")
+    source = open_source(f"leaf@{path}")
+    assert source.classes == tuple(key.rpartition("/")[0] for key in ALPHABETS)
+    assert [source.label(i) for i in range(4)] == [0, 1, 2, 3]
+    latin = open_source(f"leaf:Latin@{path}")  # Latinate begins alike but is another folder
+    assert (latin.classes, len(latin), latin.label(0)) == (("Latin/character01",), 1, 0)
+    some = open_source(f"leaf:Latinate,Greek/character02@{path}")
+    assert some.classes == ("Greek/character02", "Latinate/character01")
+    assert [(some.key(i), some.label(i)) for i in range(2)] == [(ALPHABETS[1], 0), (ALPHABETS[3], 1)]
+    with pytest.raises(UserError, match="no class lies in a folder 'Lati'; there are Greek, Latin, Latinate"):
+        open_source(f"leaf:Lati@{path}")
+    assert splits(f"leaf@{path}") is None
+
+
+def test_leaf_classes_of_two_parts_are_the_same(tmp_path):
+    keys = ["train/a/x/1.png", "train/a/y/2.png", "val/a/y/3.png"]
+    spec = f"leaf@{folder_of(tmp_path, keys)}"
+    pair = splits(spec)
+    assert pair is not None
+    assert [part.classes for part in pair] == [("a/x", "a/y")] * 2
+    assert pair[1].label(0) == 1
+    assert open_source(f"leaf:val@{tmp_path}").fingerprint() == pair[1].fingerprint()
+    assert splits(f"leaf:val@{tmp_path}") is None
+
+
+def test_leaf_without_a_folder_or_archive_is_an_error(tmp_path):
+    for spec in ("leaf", "leaf@", f"leaf@{tmp_path}/nowhere", "leaf@cifar10"):
+        with pytest.raises(UserError, match=r"leaf takes a folder or archive.*leaf@PATH"):
+            open_source(spec)
 
 
 # --- folders ---
@@ -521,7 +635,28 @@ def test_oxford_iiit_pet_opens_from_its_files(tmp_path, offline):
     source = open_source(f"oxford-iiit-pet@{tmp_path}")
     assert (source.classes, source.label(1)) == (("Abyssinian", "Great Dane"), 1)
     assert source.key(1) == "oxford-iiit-pet/images/great_dane_2.jpg"
-    assert len(open_source(f"oxford-iiit-pet:test@{tmp_path}")) == 2
+    (base / "annotations/test.txt").write_text("great_dane_2 2 2 1\n")
+    pair = splits(f"oxford-iiit-pet@{tmp_path}")
+    assert pair is not None
+    assert [len(part) for part in pair] == [2, 1]
+
+
+def test_the_part_to_train_on_is_the_same_alone_and_in_a_pair(tmp_path, monkeypatch):
+    asked = []
+
+    class Store:
+        keys, labels, classes = ("a",), [0], ("x",)
+
+        def __init__(self, name, split, root):
+            asked.append(split_of(name, SETS[name], split))
+
+    monkeypatch.setattr("triptych.data.sources.TorchvisionStore", Store)
+    for name, known in SETS.items():
+        if known.test:
+            open_source(name)
+            splits(name)
+            assert asked == [known.splits[0], known.splits[0], known.test]
+            asked.clear()
 
 
 @pytest.fixture
@@ -538,12 +673,27 @@ def flowers(tmp_path, monkeypatch, offline) -> Path:
     return tmp_path
 
 
-def test_flowers102_opens_from_its_files(flowers):
+def test_flowers102_learns_from_train_and_val_as_transfer_does(flowers):
     source = open_source(f"flowers102@{flowers}")
     assert source.classes is not None
-    assert (len(source.classes), [source.label(i) for i in range(2)]) == (102, [101, 76])
+    assert len(source.classes) == 102
+    assert [(source.key(i)[-9:], source.label(i)) for i in range(4)] == [
+        ("00003.jpg", 101),
+        ("00001.jpg", 76),
+        ("00002.jpg", 4),
+        ("00002.jpg", 4),
+    ]
     assert source.key(0) == "flowers-102/jpg/image_00003.jpg"
-    assert source.image(0).size == (8, 8)
+    for i in range(4):
+        np.testing.assert_array_equal(
+            np.asarray(source.image(i)), np.asarray(Image.open(flowers / source.key(i)).convert("RGB"))
+        )
+    assert content(pickle.loads(pickle.dumps(source))) == content(source)
+    pair = splits(f"flowers102@{flowers}")
+    assert pair is not None
+    assert pair[0].fingerprint() == source.fingerprint()
+    assert [pair[1].label(i) for i in range(2)] == [76, 4]
+    assert [len(open_source(f"flowers102:{part}@{flowers}")) for part in ("trainval", "train", "val")] == [4, 2, 2]
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(flowers, monkeypatch):

@@ -1,4 +1,4 @@
-"""imagenet100@ROOT: a hundred classes of an ImageNet that lies on the disk."""
+"""Parts of a data set: imagenet100@ROOT, a hundred classes of an ImageNet; subset:FILE@DATA, the images of a list."""
 
 import numpy as np
 import pytest
@@ -54,3 +54,30 @@ def test_a_folder_without_some_of_the_classes_is_refused(imagenet, tmp_path):
         open_source(f"imagenet100@{tmp_path}")
     with pytest.raises(UserError, match="neither an existing path nor a data set"):
         open_source(f"imagenet100@{tmp_path / 'nowhere'}")
+
+
+def test_a_subset_holds_the_images_of_a_list_and_leaves_the_held_out_part_whole(imagenet, tmp_path):
+    names = [f"{OTHERS[2]}/1.png", f"{IMAGENET100[3]}/0.png", f"{IMAGENET100[3]}/1.png"]
+    file = tmp_path / "few.txt"
+    file.write_text("\n".join(names))  # no newline at the end: nothing is cut off
+    pair = splits(f"subset:{file}@{imagenet}")
+    assert pair is not None
+    few, test = pair
+    assert [few.key(i) for i in range(len(few))] == [f"train/{name}" for name in names]
+    assert few.classes == test.classes == tuple(sorted((*IMAGENET100, *OTHERS)))  # also those without an image
+    assert [few.classes[few.label(i)] for i in range(3)] == [OTHERS[2], IMAGENET100[3], IMAGENET100[3]]
+    assert test.fingerprint() == open_source(imagenet, split="val").fingerprint()
+    assert open_source(f"subset:{file}@{imagenet}").fingerprint() == few.fingerprint()
+    assert few.name.endswith("[few.txt]")
+    alone = open_source(f"subset:{file}@{imagenet / 'train'}")  # data without a held-out part
+    assert [alone.key(i) for i in range(3)] == names
+    assert splits(f"subset:{file}@{imagenet / 'train'}") is None
+
+
+def test_a_subset_without_file_or_data_and_with_unknown_images_is_refused(imagenet, tmp_path):
+    for spec in ("subset", "subset:few.txt", f"subset@{imagenet}"):
+        with pytest.raises(UserError, match=r"subset:FILE\.txt@DATA"):
+            open_source(spec)
+    (tmp_path / "few.txt").write_text("n01558993/0.png\nn01558993/7.png\n")
+    with pytest.raises(UserError, match=r"n01558993/7\.png"):
+        open_source(f"subset:{tmp_path / 'few.txt'}@{imagenet}")

@@ -1,12 +1,16 @@
 """Weights in and out: timm, DINO, UDI and Triptych files."""
 
 import json
+from functools import partial
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import SwiGLUPacked
+from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from conftest import timm_tokens, tiny_encoder
 from triptych.encoders.load import Loaded, load_encoder, load_weights
@@ -38,6 +42,35 @@ def test_a_timm_state_dict_loads_and_gives_timms_tokens(tmp_path, options):
     loaded = load_encoder(str(tmp_path / "weights.safetensors"))
     with torch.no_grad():
         assert torch.equal(timm_tokens(loaded.encoder, IMAGES), model.forward_features(IMAGES))
+
+
+def test_swiglu_of_timm_loads_and_survives_an_export(tmp_path):
+    model = vit(mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, mlp_ratio=5.5, init_values=0.1)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    loaded = load_encoder(str(tmp_path / "weights.safetensors"))
+    export(loaded, tmp_path / "out")
+    for encoder in (loaded.encoder, load_encoder(str(tmp_path / "out")).encoder):
+        with torch.no_grad():
+            assert torch.equal(timm_tokens(encoder, IMAGES), model.forward_features(IMAGES))
+
+
+def test_timms_own_folder_loads_with_its_colours(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=5).eval()
+    save_for_hf(model, tmp_path, model_args={"img_size": 32, "depth": 1})
+    loaded = load_encoder(str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(timm_tokens(loaded.encoder, IMAGES), model.forward_features(IMAGES))
+    assert loaded.mean == (0.5, 0.5, 0.5)  # of timm's AugReg weights
+
+
+def test_the_named_architecture_says_the_epsilon_of_timms_file(tmp_path):
+    """CLIP's ViTs have 1e-5, which no name or shape shows."""
+    model = vit(embed_dim=256, num_heads=4, pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5))
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    named = load_encoder(str(tmp_path / "w.safetensors"), arch="vit_xsmall_patch16_clip_224").encoder
+    assert named.norm_eps == 1e-5
+    with torch.no_grad():
+        assert torch.equal(timm_tokens(named, IMAGES), model.forward_features(IMAGES))
 
 
 def test_heads_come_from_the_named_architecture(tmp_path):

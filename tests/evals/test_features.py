@@ -1,22 +1,34 @@
 """Extraction: tokens, layers, the golden concatenations, the cache."""
 
+import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms as v1
 from PIL import Image
+from safetensors import safe_open
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import tiny_encoder, tiny_swin
 from triptych.data.sources import open_source
 from triptych.errors import UserError
-from triptych.evals.features import cached, cached_all, extract, extract_all, labels_of
+from triptych.evals.features import (
+    HASHED,
+    cached,
+    cached_all,
+    content_hash,
+    extract,
+    extract_all,
+    labels_of,
+    multiscale,
+)
 from triptych.evals.frozen import frozen
 from triptych.evals.selection import select, select_all
-from triptych.evals.transform import EvalTransform
+from triptych.evals.transform import EvalTransform, batches
 from triptych.tokens import TokenSpec
 
 TRANSFORM = EvalTransform(16, 18)
@@ -221,3 +233,144 @@ def test_pixels_are_those_of_the_field_s_transforms(tmp_path, height, width, kin
         difference = (pixels.int() - expected).abs()
         assert difference.max() <= (3 if reduced else 1)
         assert difference.float().mean() <= (0.7 if reduced else 0.02)
+
+
+# --- squares, longest sides, several scales ---
+
+
+def test_a_square_takes_the_whole_image(tmp_path):
+    y, x = np.mgrid[0:60, 0:90]
+    image = Image.fromarray(np.stack([y * 4, x * 2, 0 * x], -1).astype(np.uint8))
+    image.save(tmp_path / "image.png")
+    transform = EvalTransform(30, 0, shape="square")
+    expected = v1.PILToTensor()(image.resize((30, 30), Image.Resampling.BICUBIC)).int()
+    for pixels in (transform.pixels(image), transform.read(open_source(tmp_path), 0)):
+        assert (pixels.int() - expected).abs().max() <= 1
+
+
+def test_bilinear_is_the_resize_of_msn():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8))
+    theirs = v1.Compose([v1.Resize(64, v1.InterpolationMode.BILINEAR), v1.CenterCrop(56), v1.PILToTensor()])
+    bilinear, bicubic = (replace(EvalTransform.of(56), interpolation=i).pixels(image) for i in ("bilinear", "bicubic"))
+    assert (bilinear.int() - theirs(image).int()).abs().max() <= 1
+    assert (bicubic.int() - theirs(image).int()).abs().max() > 10
+
+
+@pytest.mark.parametrize("longest", [50, 97, 224])
+def test_the_longest_side_is_pillow_s_thumbnail(longest):
+    """The same size for each of many shapes, none enlarged."""
+    transform = EvalTransform(longest, 0, shape="longest")
+    for height in (1, 7, 33, 50, 64, 100, 149, 300):
+        for width in (1, 2, 49, 50, 51, 97, 101, 223, 640):
+            theirs = Image.new("1", (width, height))
+            theirs.thumbnail((longest, longest))
+            assert transform.resized(height, width) == theirs.size[::-1]
+
+
+def test_images_of_unlike_sizes_come_in_the_order_of_the_source(tmp_path):
+    """Grouped by size within a batch; each as it would be alone, without the rows and columns that fill no patch."""
+    rng = np.random.default_rng(0)
+    for i, (height, width) in enumerate([(20, 16), (16, 40), (20, 16), (9, 9), (16, 40), (20, 17)]):
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes(b"broken")
+    encoder, source = tiny_encoder(TokenSpec()).eval(), open_source(tmp_path)
+    transform = EvalTransform(24, 0, shape="longest")
+    together, indices = extract(encoder, source, transform, token="cls+patch_mean", workers=0, batch=4)
+    assert indices.tolist() == [0, 2, 3, 4, 5]
+    mean, std = (torch.tensor(x)[:, None, None] for x in (transform.mean, transform.std))
+    for row, index in enumerate(indices.tolist()):
+        pixels = (transform.read(source, index) / 255 - mean) / std
+        cut_down = pixels[None, :, : pixels.shape[1] // 4 * 4, : pixels.shape[2] // 4 * 4]
+        with torch.no_grad():
+            alone = select(encoder, cut_down, "cls+patch_mean")[0]
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="smaller than a patch of 4 px"):
+        extract(encoder, source, EvalTransform(3, 0, shape="longest"), workers=0)
+
+
+def test_descriptors_of_several_scales_are_those_of_dino(golden):
+    g = golden("retrieval_multiscale")
+
+    def convolution(images):
+        return {"x": torch.nn.functional.conv2d(images, g["kernel"]).mean((2, 3))}
+
+    out = multiscale(convolution, g["image"], g["scales"].tolist(), patch=1)["x"]
+    torch.testing.assert_close(out, g["out"], rtol=0, atol=1e-6)
+    batch = torch.cat([g["image"], 3 * g["image"].flip(3)])
+    torch.testing.assert_close(
+        multiscale(convolution, batch, g["scales"].tolist(), 1)["x"][:1], g["out"], rtol=0, atol=1e-6
+    )
+    with pytest.raises(UserError, match="each > 0"):
+        multiscale(convolution, g["image"], (), 1)
+
+
+def test_extraction_at_several_scales_is_the_mean_of_descriptors_then_unit_length(folder):
+    encoder, source, transform = tiny_encoder(TokenSpec()).eval(), open_source(folder), EvalTransform(16, 16)
+    found, _ = extract_all(
+        encoder, source, transform, ["cls", "patch_mean"], workers=0, scales=(1.0, 0.7, 0.5), batch=3
+    )
+    images = torch.cat([x for _, x in batches(source, transform, batch=3, device=torch.device("cpu"), workers=0)])
+    total = 0
+    with torch.no_grad():
+        for scale, side in ((1.0, 16), (0.7, 8), (0.5, 8)):  # 0.7 gives 11 px, of which two patches are 8
+            smaller = (
+                images if scale == 1 else torch.nn.functional.interpolate(images, scale_factor=scale, mode="bilinear")
+            )
+            total = total + select(encoder, smaller[..., :side, :side], "cls")
+    torch.testing.assert_close(found["cls"], total / total.norm(dim=1, keepdim=True), rtol=0, atol=1e-5)
+    assert found["patch_mean"].norm(dim=1).tolist() == pytest.approx([1] * 10)
+
+
+def test_the_cache_tells_shapes_and_scales_apart(folder, tmp_path, monkeypatch):
+    encoder, source = tiny_encoder(TokenSpec()), open_source(folder)
+    options = {"folder": tmp_path / "cache", "workers": 0}
+    forms = [(TRANSFORM, (1.0,)), (TRANSFORM, (1.0, 0.5))]
+    forms += [(replace(TRANSFORM, shape=shape), (1.0,)) for shape in ("square", "longest")]
+    forms += [(replace(TRANSFORM, interpolation="bilinear"), (1.0,))]
+    first = [cached(encoder, source, t, scales=s, **options)[0] for t, s in forms]
+    assert all(not torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])
+    monkeypatch.setattr("triptych.evals.features.extract_all", lambda *a, **k: pytest.fail("extracted again"))
+    again = [cached(encoder, source, t, scales=s, **options)[0] for t, s in forms]
+    assert all(map(torch.equal, first, again))
+
+
+def test_an_image_that_changes_without_changing_its_size_is_extracted_again(tmp_path):
+    for i, value in enumerate((0, 100, 200)):
+        Image.new("RGB", (20, 20), (value, value, value)).save(tmp_path / f"{i}.bmp")
+    encoder, options = tiny_encoder(TokenSpec()), {"folder": tmp_path / "cache", "workers": 0}
+    before, _ = cached(encoder, open_source(tmp_path), TRANSFORM, **options)
+    fingerprint = open_source(tmp_path).fingerprint()
+    Image.new("RGB", (20, 20), (250, 0, 0)).save(tmp_path / "1.bmp")
+    assert open_source(tmp_path).fingerprint() == fingerprint
+    after, _ = cached(encoder, open_source(tmp_path), TRANSFORM, **options)
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_content_is_sampled_evenly_from_large_sources():
+    read = []
+
+    class Large:
+        fingerprint = staticmethod(lambda: "same")
+        __len__ = staticmethod(lambda: 100_000)
+
+        def stored(self, index):
+            read.append(index)
+            return np.zeros((2, 2, 3), np.uint8) if index % 2 else b"file"
+
+    content_hash(Large())
+    assert len(read) == HASHED
+    assert (read[0], read[-1]) == (0, 99_999)
+    assert max(np.diff(read)) <= 101
+
+
+def test_a_cache_file_says_what_it_holds(folder, tmp_path):
+    cached_all(
+        tiny_encoder(TokenSpec()), open_source(folder), TRANSFORM, ["cls", "cls+gem"], folder=tmp_path, workers=0
+    )
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert [name.rpartition("-")[0] for name in names] == ["cls+gem", "cls"]
+    with safe_open(tmp_path / names[0], "pt") as file:
+        about = file.metadata()
+    key = json.loads(about["key"])
+    assert about["source"] == str(folder)
+    assert (key["token"], key["transform"]["size"], key["scales"]) == ("cls+gem", 16, [1.0])

@@ -1,13 +1,16 @@
 """The linear probe against plain torch.optim.SGD, and that its choice of a rate is honest."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from triptych.errors import UserError
-from triptych.evals.linear import HELD_OUT, ONE, TEST, _Probe, _Recipe, held_out, linear
+from triptych.evals.linear import HELD_OUT, ONE, TEST, held_out, linear
+from triptych.evals.linear_presets import PRESETS
+from triptych.evals.probe import Probe
 
 
 def blobs(images: int, *, classes=4, width=8, noise=1.0, seed=0):
@@ -18,8 +21,9 @@ def blobs(images: int, *, classes=4, width=8, noise=1.0, seed=0):
     return centres[labels] + noise * torch.randn(images, width, generator=g), labels
 
 
-def recipe(lrs, *, classes=4, epochs=3, batch=32, weight_decay=0.0):
-    return _Recipe(tuple(lrs), classes, epochs, batch, weight_decay, momentum=0.9, norm="none", seed=0)
+def probe_of(**changes):
+    """A probe of blobs: SGD at the rates of "sweep", but for the changes."""
+    return Probe(replace(PRESETS["sweep"], **changes), 8, 4, torch.Generator().manual_seed(0), "cpu")
 
 
 def test_separable_classes_are_separated():
@@ -44,10 +48,10 @@ def test_accuracy_reaches_that_of_the_best_possible_rule():
 def test_a_rate_equals_sgd_with_cosine_annealing(weight_decay):
     x, y = blobs(150)
     epochs, batch, lrs = 4, 32, (0.01, 0.3)
-    probe = _Probe(recipe(lrs, weight_decay=weight_decay), x, torch.Generator().manual_seed(0))
+    probe = probe_of(lrs=lrs, weight_decay=weight_decay)
     for column, lr in enumerate(lrs):
         head = torch.nn.Linear(8, 4)
-        head.weight.data.copy_(_Probe(recipe(lrs), x, torch.Generator().manual_seed(0)).weight.view(8, 2, 4)[:, 0].T)
+        head.weight.data.copy_(probe_of(lrs=lrs).weight.view(8, 2, 4)[:, 0].T)
         head.bias.data.zero_()
         assert 0.005 < head.weight.std() < 0.02
         sgd = torch.optim.SGD(head.parameters(), lr=lr * batch / 256, momentum=0.9, weight_decay=weight_decay)

@@ -1,26 +1,21 @@
 """Analyses of several tokens: published formulas, loops, and what each measure must not see."""
 
 import json
-import math
 from dataclasses import asdict
 
 import pytest
 import torch
 
 from triptych.errors import UserError
+from triptych.evals.clustering import nmi
 from triptych.evals.knn import knn
 from triptych.evals.token_analysis import (
     COLUMNS,
     analyse,
-    cka_matrix,
     knn_single_and_pairs,
-    linear_cka,
-    nmi,
     nmi_single_and_pairs,
     per_class_accuracy,
-    pseudo_labels,
 )
-from triptych.heads import Prototypes
 
 
 def draw(*shape, seed=0):
@@ -32,106 +27,6 @@ def labelled(images, *, tokens=3, classes=4, width=6, seed=0):
     labels = torch.arange(images) % classes
     noise = torch.linspace(0.8, 1.6, tokens)[:, None, None]
     return draw(tokens, classes, width, seed=99)[:, labels] + noise * draw(tokens, images, width, seed=seed), labels
-
-
-def gram_cka(x, y, unbiased):
-    """Both definitions as they stand in the papers, with N x N matrices."""
-    n = len(x)
-    if not unbiased:
-        H = torch.eye(n, dtype=torch.float64) - 1 / n
-        K, L = H @ x @ x.T @ H, H @ y @ y.T @ H
-        return (K * L).sum() / (K.norm() * L.norm())
-
-    def hsic(K, L):
-        K, L = K.clone().fill_diagonal_(0), L.clone().fill_diagonal_(0)
-        one = torch.ones(n, dtype=torch.float64)
-        middle = (one @ K @ one) * (one @ L @ one) / ((n - 1) * (n - 2))
-        return torch.trace(K @ L) + middle - 2 / (n - 2) * (one @ K @ L @ one)
-
-    K, L = x @ x.T, y @ y.T
-    return hsic(K, L) / (hsic(K, K) * hsic(L, L)).sqrt()
-
-
-@pytest.mark.parametrize("unbiased", [False, True])
-def test_cka_equals_the_golden_numbers(golden, unbiased):
-    g = golden("cka_linear")
-    expected = float(g["cka_unbiased" if unbiased else "cka_biased"])
-    assert linear_cka(g["x"], g["y"], unbiased) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("unbiased", [False, True])
-@pytest.mark.parametrize(("images", "widths"), [(30, (5, 4)), (8, (20, 20)), (12, (5, 20))])
-def test_cka_equals_its_definition_for_few_images_and_for_many(images, widths, unbiased):
-    x, y = draw(images, widths[0]) + 3, draw(images, widths[1], seed=1)
-    y[:, :4] += x[:, :4]
-    expected = float(gram_cka(x, y, unbiased))
-    assert linear_cka(x, y, unbiased) == pytest.approx(expected, abs=1e-11)
-
-
-@pytest.mark.parametrize("unbiased", [False, True])
-def test_cka_does_not_see_rotation_scale_and_offset(unbiased):
-    x, y = draw(30, 6), draw(30, 6, seed=1)
-    rotation = torch.linalg.qr(draw(6, 6, seed=2)).Q
-    value = linear_cka(x, y, unbiased)
-    assert linear_cka(-7 * x @ rotation + 5, y, unbiased) == pytest.approx(value, abs=1e-12)
-    assert linear_cka(x, x @ rotation / 9 - 1, unbiased) == pytest.approx(1, abs=1e-12)
-    assert linear_cka(x * torch.linspace(0.1, 3, 6), x, unbiased) < 0.99  # but it does see unequal scales
-
-
-def test_only_the_unbiased_cka_of_unrelated_tokens_is_near_zero_when_images_are_few():
-    values = torch.tensor(
-        [[linear_cka(draw(40, 60, seed=s), draw(40, 60, seed=s + 50), u) for u in (False, True)] for s in range(10)]
-    )
-    assert values[:, 0].mean() > 0.5
-    assert values[:, 1].mean().abs() < 0.05
-
-
-def test_the_cka_matrix_holds_every_pair_and_nothing_for_a_collapsed_token():
-    tokens = draw(4, 20, 5)
-    tokens[3] = 0.1
-    cka = cka_matrix(tokens)
-    for i in range(3):
-        for j in range(3):
-            assert float(cka[i, j]) == pytest.approx(linear_cka(tokens[i], tokens[j]), abs=1e-14)
-    assert cka[3].isnan().all()
-    assert cka[:, 3].isnan().all()
-
-
-def test_nmi_equals_the_golden_numbers(golden):
-    g = golden("cluster_metrics")
-    assert nmi(g["truth"], g["pred"]) == pytest.approx(float(g["nmi_arithmetic"]), abs=1e-12)
-    assert nmi(g["truth"], g["pred_more"]) == pytest.approx(float(g["nmi_more"]), abs=1e-12)
-
-
-def test_nmi_equals_its_definition_written_as_loops(golden):
-    g = golden("cluster_metrics")
-    a, b = g["truth"].tolist(), g["pred"].tolist()
-    n, information = len(a), 0.0
-    for i in set(a):
-        for j in set(b):
-            both = sum(x == i and y == j for x, y in zip(a, b, strict=True)) / n
-            if both:
-                information += both * math.log(both / (a.count(i) / n * b.count(j) / n))
-    entropy = [-sum(x.count(i) / n * math.log(x.count(i) / n) for i in set(x)) for x in (a, b)]
-    assert nmi(g["truth"], g["pred"]) == pytest.approx(2 * information / sum(entropy), abs=1e-12)
-
-
-def test_nmi_does_not_see_the_names_of_the_clusters(golden):
-    g = golden("cluster_metrics")
-    renamed = torch.tensor([31, 4, 15, 9, 2])[g["pred"]]
-    assert nmi(g["truth"], renamed) == pytest.approx(nmi(g["truth"], g["pred"]), abs=1e-12)
-    assert nmi(renamed, g["pred"]) == pytest.approx(1)
-    assert nmi(g["truth"], torch.zeros_like(renamed)) == 0
-
-
-def test_pseudo_labels_are_the_argmax_of_the_methods_logits():
-    torch.manual_seed(0)
-    prototypes = Prototypes(6, 11, train_gain=True).double()
-    torch.nn.init.uniform_(prototypes.gain, 0.5, 2.0)
-    z = draw(25, 6)
-    expected = prototypes(z).argmax(1)
-    assert torch.equal(pseudo_labels(z, prototypes.weight), expected)
-    assert torch.equal(pseudo_labels(100 * z, prototypes.weight, rows=7), expected)
 
 
 def test_pairs_of_pseudo_labels_are_those_of_the_mean_embedding():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import random_views, tiny_encoder
+from conftest import random_views, tiny_encoder, tiny_swin
 from triptych.errors import UserError
 from triptych.methods import SupervisedConfig, build
 from triptych.methods.supervised import Supervised
@@ -96,6 +96,62 @@ def test_classifiers_of_all_tokens_may_be_one():
     shared = make(MTE.model_copy(update={"heads": "shared"}))
     assert len(shared.ensemble.heads) == 1
     assert shared(random_views(4), T0).loss.isfinite()
+
+
+def test_fc_norm_is_the_final_norm_started_afresh_behind_the_mean_of_the_patches():
+    """MAE's fine-tuning: o_g = Wᵀ (x - mean x) / sqrt(var x + ε), x the mean of the patches before any norm."""
+    config = PLAIN.model_copy(update={"token": "patch_mean", "fc_norm": True, "average": 0.5})
+    encoder = tiny_encoder(Supervised.token_spec(config))
+    with torch.no_grad():
+        encoder.vit.norm.weight.fill_(3.0)  # of pre-training
+        encoder.vit.norm.bias.fill_(1.0)
+    method = build(encoder, config).double()
+    images = random_views(4).global_crops[0].images
+    tokens, o_g = method.model(images)
+    for b in range(4):
+        x = sum(tokens.patch_raw[b]) / tokens.patch_raw.shape[1]
+        normed = (x - x.mean()) / (x.var(correction=0) + encoder.vit.norm.eps).sqrt()
+        torch.testing.assert_close(o_g[b], method.model.head.weight @ normed + method.model.head.bias)
+    method(random_views(4), T0).loss.backward()
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)  # DDP would refuse others
+    assert torch.equal(method.average.encoder.vit.norm.weight, torch.ones(12, dtype=torch.float64))
+
+
+def test_a_swin_has_a_norm_behind_the_mean_of_its_patches_too():
+    config = PLAIN.model_copy(update={"token": "patch_mean", "fc_norm": True})
+    method = build(tiny_swin(Supervised.token_spec(config)), config).double()
+    method(random_views(4), T0).loss.backward()
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+
+
+def test_a_projection_and_its_gelu_stand_between_class_token_and_classifier():
+    method = make(PLAIN.model_copy(update={"projection": 5}))
+    tokens, o_g = method.model(random_views(4).global_crops[0].images)
+    a = tokens.cls @ method.model.projection.weight.T + method.model.projection.bias
+    a = a * (1 + torch.erf(a / 2**0.5)) / 2
+    torch.testing.assert_close(o_g, a @ method.model.head.weight.T + method.model.head.bias)
+    method(random_views(4), T0).loss.backward()
+    assert method.model.projection.weight.grad.abs().sum() > 0
+
+
+def test_a_new_classifier_may_start_near_zero():
+    heads = [make(PLAIN.model_copy(update={"head_std": std, "classes": 300})).model.head for std in (0.02, 2e-5)]
+    for head, std in zip(heads, (0.02, 2e-5), strict=True):
+        assert head.weight.std().item() == pytest.approx(std, rel=0.05)
+        assert not head.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"fc_norm": True}, "token patch_mean"),
+        ({"fc_norm": True, "token": "patch_mean", "aux": 2}, "aux 0"),
+        ({"projection": 8, "token": "patch_mean"}, "token cls"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        SupervisedConfig(classes=3, **wrong)
 
 
 def test_fusing_logits_as_unit_vectors_is_refused():

@@ -14,6 +14,10 @@ class Batches:
 
     One optimiser step takes `batch` images of the epoch's permutation: `accumulate` parts, each shared out evenly and
     in order among the processes.  The rest of an epoch that fills no step is left out.
+
+    repeats above 1 is repeated augmentation (Hoffer et al. 2020), by DeiT's rule: each image comes so many times in a
+    row, as (epoch, index, repeat), and an epoch is as long as without: only the first images / repeats of its
+    permutation are seen in it.
     """
 
     images: int
@@ -24,6 +28,7 @@ class Batches:
     rank: int = 0
     world: int = 1
     start: int = 0  # optimiser step
+    repeats: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -32,7 +37,7 @@ class Batches:
     def __len__(self) -> int:
         return (self.epochs * self.steps_per_epoch - self.start) * self.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         each = self.batch // (self.accumulate * self.world)
         order, order_epoch = np.empty(0, np.int64), -1
         for step in range(self.start, self.epochs * self.steps_per_epoch):
@@ -41,7 +46,11 @@ class Batches:
                 order, order_epoch = np.random.default_rng([self.seed, epoch]).permutation(self.images), epoch
             for part in range(self.accumulate):
                 first = at * self.batch + (part * self.world + self.rank) * each
-                yield [(epoch, int(i)) for i in order[first : first + each]]
+                yield [self._key(epoch, order, place) for place in range(first, first + each)]
+
+    def _key(self, epoch: int, order: np.ndarray, place: int) -> tuple[int, ...]:
+        image, repeat = divmod(place, self.repeats)
+        return (epoch, int(order[image])) if self.repeats == 1 else (epoch, int(order[image]), repeat)
 
 
 def check_batch(images: int, batch: int, accumulate: int, world: int) -> None:

@@ -43,6 +43,7 @@ class ViewsConfig(BaseModel):
     global_size: int = Field(default=224, ge=1)  # pixels
     local_size: int = Field(default=96, ge=1)  # pixels
     local_crops: int = Field(default=8, ge=0)  # L
+    repeats: int = Field(default=1, ge=1)  # of an image in a row, each augmented anew (data/batches.py)
     global_scale: tuple[float, float] = (0.25, 1.0)  # share of the image's area
     local_scale: tuple[float, float] = (0.05, 0.25)
     overlap: Overlap = "independent"  # or steered towards each other: "fixed", "official" (with its slip)
@@ -106,7 +107,7 @@ class Sample:
 
 
 class ViewDataset(Dataset):
-    """(epoch, index) -> Sample.  All randomness comes from (seed, epoch, index)."""
+    """(epoch, index) or (epoch, index, repeat) -> Sample.  All randomness comes from the seed and this key."""
 
     def __init__(
         self,
@@ -123,12 +124,12 @@ class ViewDataset(Dataset):
         if spec.labels:
             check_labels(source)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def __getitem__(self, key: tuple[int, ...]) -> Sample:
         """Of this image or the next one that can be read."""
-        epoch, index = key
+        index = key[1]
         unreadable = []
         for i in range(min(100, len(self.source))):
-            rng = np.random.default_rng([self.seed, epoch, index])
+            rng = np.random.default_rng([self.seed, *key])
             try:
                 return self._sample((index + i) % len(self.source), rng, tuple(unreadable))
             except UnreadableImage as error:

@@ -1,30 +1,64 @@
 """Where images come from: folders, zip and tar files, lists of paths, torchvision's data sets and drawn scenes.
 
 A source is one store of images (files, archive, torchvision set) behind one class, with labels read off the paths by
-one rule, whatever the store.  Sources are picklable, and stay usable in forked and spawned DataLoader workers.
+one rule, whatever the store, unless the data set brings a list of its own.  Sources are picklable, and stay usable in
+forked and spawned DataLoader workers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from triptych.data.images import UnreadableImage, to_rgb
+from triptych.data.inaturalist import inaturalist
+from triptych.data.parts import Place
 from triptych.data.scenes_source import ScenesSource
-from triptych.data.stores import Files, Store, exists, is_stored, open_store
-from triptych.data.subsets import HELD_OUT, SUBSETS, Subset, digest, positions
-from triptych.data.torchvision_sets import SETS, TorchvisionStore
+from triptych.data.stanford_cars import stanford_cars
+from triptych.data.stored import Stored, reason
+from triptych.data.stores import Files, exists, is_stored
+from triptych.data.subsets import HELD_OUT, SUBSETS, Subset, of_list, positions
+from triptych.data.torchvision_sets import SETS, TorchvisionStore, split_of
 from triptych.errors import UserError, nearest
 
+
+@dataclass(frozen=True)
+class ListedSet:
+    """A data set whose own annotation files list images and labels."""
+
+    about: str  # one line for `triptych list`
+    splits: tuple[str, ...]  # the first is the training one and the default
+    test: str  # the split to measure on
+    read: Callable[[Path, str], tuple[Files, list[int], tuple[str, ...]]]  # root, split -> images, labels, class names
+
+
+LISTED: dict[str, ListedSet] = {
+    f"inat{year % 100}": ListedSet(
+        f"iNaturalist {year}, {count} species, as its competition lays it out in ROOT",
+        ("train", "val"),
+        "val",
+        partial(inaturalist, year),
+    )
+    for year, count in ((2018, "8 142"), (2019, "1 010"))
+}
+LISTED["stanford-cars"] = ListedSet(
+    "16 185 photographs of 196 models of cars, in ROOT", ("train", "test"), "test", stanford_cars
+)
+
 SOURCES: dict[str, str] = {
-    "FOLDER": "image files, flat or nested; sub-folders are classes, train/ and val/ or test/ are splits",
+    "FOLDER": "image files, flat or nested; sub-folders are classes, train/ and val/ or test/ splits (or .zip, .tar)",
     "FILE.zip": "the same inside a zip file, read without unpacking",
     "FILE.tar": "the same inside an uncompressed tar file, read without unpacking",
     "SHARDS/*.tar": "several of them as one (in quotes), or a folder that holds nothing but .tar files",
     "FILE.txt": "a list (.txt or .lst): one image path per line, and after a TAB its label if there is one",
     "scenes[:N][@SEED]": "N (1000) labelled drawings of 96 x 96 pixels, made on the fly: for trials without data",
     "imagenet100[:SPLIT]@ROOT": "100 classes of the ImageNet that lies in the folder or archive ROOT",
+    "subset:FILE.txt@DATA": "the training images of DATA that a file names, one on a line (as SimCLR's 1percent.txt)",
+    "leaf[:FOLDERS]@PATH": "a folder or archive whose classes are whole folder paths; of some folders (A,B) or a split",
+    **{f"{name}[:SPLIT]@ROOT": known.about for name, known in LISTED.items()},
     **{name: known.about for name, known in SETS.items()},
 }
 
@@ -59,7 +93,7 @@ def load_rgb(source: Source, index: int) -> Image.Image:
     try:
         return to_rgb(image)
     except Exception as error:  # of any kind: Pillow's converters meet the file's own metadata here
-        raise UnreadableImage(source.key(index), _reason(error)) from error
+        raise UnreadableImage(source.key(index), reason(error)) from error
 
 
 def open_source(spec: str | Path, *, split: str | None = None) -> Source:
@@ -67,54 +101,65 @@ def open_source(spec: str | Path, *, split: str | None = None) -> Source:
 
     A path that exists always wins, so a folder ./cifar10 or ./scenes hides the data set of that name (cifar10:train and
     scenes:1000 still mean the data sets).  Otherwise the text before the first ":" or "@", in any case, is the name:
-    NAME[:SPLIT][@ROOT] for torchvision's sets, scenes[:N][@SEED] for the renderer.
+    NAME[:SPLIT][@ROOT] for data sets, leaf[:FOLDERS]@PATH, subset:FILE@DATA, scenes[:N][@SEED] for the renderer.
 
-    split: a folder's part (train, test, val ...) or a data set's split; None is the part to train on where there are
+    split: a part (train, test, val ...) of a folder or a data set's split; None is the part to train on where there are
     parts.  "test" also finds the part to measure on under its other names.  Raises UserError.
     """
     spec, path = str(spec), Path(spec).expanduser()
     name = spec if split is None else f"{spec} [{split}]"
     if is_stored(path):
-        return _from_path(path, name, split)
+        if not _is_list(path):
+            return Place(path).source(name, split)
+        if split is not None:
+            raise UserError(f"{path} is a list and has no split {split!r}; write one list per split")
+        return _from_list(path, name)
     kind, of, root = _named(spec)
     if kind == "scenes":
         return ScenesSource(name, spec, split)
+    if kind == "leaf":
+        return _leaf(name, of, root, split)
+    if kind == "subset":
+        return _of_list(name, of, root, split)
     if kind in SUBSETS:
         return _part_of_set(name, kind, root, split or of or None)
-    if kind not in SETS:
-        known = ["scenes", *SUBSETS, *SETS]
+    if kind not in SETS and kind not in LISTED:
+        known = ["scenes", *SUBSETS, *SETS, *LISTED, "subset", "leaf"]
         raise UserError(
             f"{spec!r} is neither an existing path nor a data set{nearest(kind, known)}\n"
             f"Give a folder of images, a .zip, a .tar, a list of paths (.txt), or one of: {', '.join(known)}"
         )
     if split and of:
         raise UserError(f"{spec} names a split already, and split {split!r} is asked for; give {kind} without :{of}")
+    if kind in LISTED:
+        return _listed(name, kind, root, split or of)
     store = TorchvisionStore(kind, split or of, root)
-    return _Stored(name, store, range(len(store.keys)), store.labels, store.classes)
+    return Stored(name, store, range(len(store.keys)), store.labels, store.classes)
 
 
 def splits(spec: str | Path) -> tuple[Source, Source] | None:
-    """(train, test) of a folder or archive with train/ and a held-out folder, a data set that has both, or scenes.
+    """(train, test) of a folder or archive with a training and a held-out part, a data set that has both, or scenes.
 
-    None for everything else, and for a data set given with its split.  Of several held-out folders the first labelled
+    None for everything else, and for a data set given with its split.  Of several held-out parts the first labelled
     one of HELD_OUT counts.
     """
     spec, path = str(spec), Path(spec).expanduser()
-    if not is_stored(path):
-        kind, of, root = _named(spec)
-        if kind in SUBSETS and not of:
-            return (open_source(spec), open_source(spec, split="test")) if splits(root) else None
-        both = kind == "scenes" or (kind in SETS and SETS[kind].test is not None and not of)
-        return (open_source(spec, split="train"), open_source(spec, split="test")) if both else None
-    if _is_list(path):
+    if is_stored(path):
+        return None if _is_list(path) else Place(path).pair(spec)
+    kind, of, root = _named(spec)
+    if kind == "subset":
+        pair = splits(root)
+        return (open_source(spec), pair[1]) if pair else None
+    if of and kind != "scenes":
         return None
-    store = open_store(path)
-    folders = {folder.lower() for folder in _folders(_inner(store))}
-    held_out = [name for name in HELD_OUT if name in folders]
-    if "train" not in folders or not held_out:
+    if kind == "leaf":
+        return _leaf_place(spec, root).pair(spec)
+    if kind in SUBSETS:
+        return (open_source(spec), open_source(spec, split="test")) if splits(root) else None
+    known = LISTED.get(kind) or SETS.get(kind)
+    if kind != "scenes" and not (known and known.test):
         return None
-    train, *tests = [_part(path, store, f"{spec} [{name}]", name) for name in ("train", *held_out)]
-    return train, next((test for test in tests if test.classes), tests[0])
+    return open_source(spec, split=known.splits[0] if known else "train"), open_source(spec, split="test")
 
 
 def _part_of_set(name: str, kind: str, root: str, split: str | None) -> Subset:
@@ -124,58 +169,43 @@ def _part_of_set(name: str, kind: str, root: str, split: str | None) -> Subset:
     return Subset(whole, positions(whole, SUBSETS[kind]), f" [{kind}]", SUBSETS[kind])
 
 
-# --- sources ---
+def _of_list(name: str, file: str, root: str, split: str | None) -> Source:
+    """The named images to train on; other parts are whole."""
+    if not file or not root:
+        raise UserError(f"{name}: say which images of which data: subset:FILE.txt@DATA")
+    if split not in (None, "train"):
+        return open_source(root, split=split)
+    pair = splits(root)
+    return of_list(pair[0] if pair else open_source(root), file)
 
 
-class _Stored:
-    """The images of a store at `positions`; labels go with the positions' order, None = no image has one."""
-
-    def __init__(
-        self,
-        name: str,
-        store: Store,
-        positions: Sequence[int],
-        labels: Sequence[int | None] | None,
-        classes: tuple[str, ...] | None,
-    ) -> None:
-        self.name, self.classes = name, classes
-        self.open_store, self._positions, self._labels = store, positions, labels
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def image(self, index: int) -> Image.Image:
-        position = self._positions[index]
-        try:
-            image = self.open_store.image(position)
-            image.load()
-        except Exception as error:  # of any kind: each of Pillow's decoders raises its own
-            raise UnreadableImage(self.key(index), _reason(error)) from error
-        return image
-
-    def stored(self, index: int) -> bytes | None:
-        try:
-            return self.open_store.encoded(self._positions[index])
-        except Exception as error:  # of any kind, as above
-            raise UnreadableImage(self.key(index), _reason(error)) from error
-
-    def label(self, index: int) -> int | None:
-        return self._labels[index] if self._labels else None
-
-    def key(self, index: int) -> str:
-        return self.open_store.keys[self._positions[index]]
-
-    def fingerprint(self) -> str:
-        sizes = (self.open_store.size(position) for position in self._positions)
-        return digest(f"{self.key(i)}\0{self.label(i)}\0{size}" for i, size in enumerate(sizes))
+def _listed(name: str, kind: str, root: str, split: str) -> Stored:
+    if not root:
+        raise UserError(f"{name}: say where its files lie: {kind}@FOLDER")
+    known = LISTED[kind]
+    store, labels, classes = known.read(Path(root).expanduser(), split_of(kind, known, split))
+    return Stored(name, store, range(len(labels)), labels, classes)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its own text names a buffer in memory
-        return "not an image, or of a format that Pillow cannot read"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
+def _leaf(name: str, of: str, root: str, split: str | None) -> Source:
+    """All images, those of one split (leaf:train@PATH), or those of the classes in or below some folders."""
+    place = _leaf_place(name, root)
+    if split or not of or of.lower() in ("train", *HELD_OUT):
+        return place.source(name, split or of or None)
+    whole, folders = place.source(name), of.split(",")
+    classes = [c for c in whole.classes or () if any(f"{c}/".startswith(f"{folder}/") for folder in folders)]
+    for folder in folders:
+        if not any(f"{c}/".startswith(f"{folder}/") for c in classes):
+            tops = sorted({c.partition("/")[0] for c in whole.classes or ()})
+            raise UserError(f"{name}: no class lies in a folder {folder!r}; there are {', '.join(tops[:20]) or 'none'}")
+    return Subset(whole, positions(whole, tuple(classes)), "", tuple(classes))
+
+
+def _leaf_place(name: str, root: str) -> Place:
+    path = Path(root).expanduser()
+    if not root or not is_stored(path) or _is_list(path):
+        raise UserError(f"{name}: leaf takes a folder or archive whose folders of images are classes: leaf@PATH")
+    return Place(path, leaf=True)
 
 
 def _named(spec: str) -> tuple[str, str, str]:
@@ -183,17 +213,6 @@ def _named(spec: str) -> tuple[str, str, str]:
     head, _, root = spec.partition("@")
     name, _, split = head.partition(":")
     return name.lower(), split, root
-
-
-# --- paths on disk ---
-
-
-def _from_path(path: Path, name: str, split: str | None) -> Source:
-    if not _is_list(path):
-        return _part(path, open_store(path), name, split)
-    if split is not None:
-        raise UserError(f"{path} is a list and has no split {split!r}; write one list per split")
-    return _from_list(path, name)
 
 
 def _is_list(path: Path) -> bool:
@@ -220,64 +239,4 @@ def _from_list(path: Path, name: str) -> Source:
     numbers = all(label.isdecimal() for label in known)
     classes = tuple(sorted(known, key=int if numbers else None))  # so that 10 follows 9
     labels = [classes.index(label) if label else None for label in names] if classes else None
-    return _Stored(name, store, range(len(keys)), labels, classes or None)
-
-
-# --- the one rule for classes and splits, over paths ---
-
-
-def _part(path: Path, store: Store, name: str, split: str | None) -> Source:
-    """The images of one split of a folder or archive, or all, with labels where sub-folders are classes."""
-    paths = _inner(store)
-    folders = {folder.lower(): folder for folder in _folders(paths)}
-    if split is None and "train" in folders and len(folders) > 1 and folders.keys() <= {"train", *HELD_OUT}:
-        split = "train"
-    if split is None:
-        return _labelled(path, store, name, dict(enumerate(paths)), None)
-    wanted = [split.lower(), *(HELD_OUT if split.lower() == "test" else ())]
-    folder = next((folders[n] for n in wanted if n in folders), None)
-    if not folder:
-        raise UserError(f"no images in a folder {split!r} of {path}; there are {', '.join(sorted(folders)) or 'none'}")
-    inside = _below(paths, folder)
-    train = _classes(_below(paths, folders["train"]).values()) if "train" in folders else None
-    return _labelled(path, store, name, inside, train)
-
-
-def _labelled(path: Path, store: Store, name: str, paths: dict[int, str], train: tuple[str, ...] | None) -> Source:
-    """A source of `paths`, by position in the store; labels count in `train` if given, as those of the training part.
-
-    A held-out part without any folder of a training class is unlabelled; one with some others besides is a mistake.
-    """
-    classes = train or _classes(paths.values())
-    found = _folders(paths.values())
-    if not classes or "" in found or not found & set(classes):
-        return _Stored(name, store, list(paths), None, None)
-    if unknown := sorted(found - set(classes)):
-        raise UserError(f"{name} has class folders that its train folder lacks: {', '.join(unknown[:5])}; move them")
-    number = {folder: label for label, folder in enumerate(classes)}
-    return _Stored(name, store, list(paths), [number[p.partition("/")[0]] for p in paths.values()], classes)
-
-
-def _classes(paths: Iterable[str]) -> tuple[str, ...] | None:
-    """First-level folders when there are two or more and no image lies beside them; else None."""
-    folders = _folders(paths)
-    return tuple(sorted(folders)) if len(folders) > 1 and "" not in folders else None
-
-
-def _folders(paths: Iterable[str]) -> set[str]:
-    """First-level folders; "" where an image lies at the top."""
-    return {path.partition("/")[0] if "/" in path else "" for path in paths}
-
-
-def _below(paths: Sequence[str], folder: str) -> dict[int, str]:
-    """The paths within one first-level folder, without it, by position."""
-    start = f"{folder}/"
-    return {i: path[len(start) :] for i, path in enumerate(paths) if path.startswith(start)}
-
-
-def _inner(store: Store) -> Sequence[str]:
-    """The paths that the rule looks at: of an archive without its one common top-level folder."""
-    folders = _folders(store.keys)
-    if isinstance(store, Files) or len(folders) > 1 or "" in folders:
-        return store.keys
-    return [key.partition("/")[2] for key in store.keys]
+    return Stored(name, store, range(len(keys)), labels, classes or None)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,6 +81,17 @@ def positions(source: "Source", classes: tuple[str, ...]) -> list[int]:
     wanted, names = set(classes), source.classes or ()
     labels = [source.label(i) for i in range(len(source))]
     return [i for i, label in enumerate(labels) if label is not None and names[label] in wanted]
+
+
+def of_list(source: "Source", file: str) -> Subset:
+    """The images that a text file names, as SimCLR's 1percent.txt does, in its order; classes stay those of the source.
+
+    Lines and errors are those of `lowshot.from_file`.
+    """
+    from triptych.evals.lowshot import from_file  # here, because it brings torch along
+
+    rows = from_file(Path(file).expanduser(), [source.key(i) for i in range(len(source))])
+    return Subset(source, rows.tolist(), f" [{Path(file).name}]")
 
 
 def digest(rows: Iterable[str]) -> str:

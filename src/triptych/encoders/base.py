@@ -130,6 +130,10 @@ class Encoder(nn.Module, ABC):
         """(B, heads, T, T): attention of the last block; T = prefix tokens (class, class+, registers), then patches."""
         raise UserError(f"{type(self).__name__} has no class token whose attention could be shown: use a ViT")
 
+    def layers_and_attention(self, images: Tensor, blocks: Sequence[int]) -> tuple[list[Tokens], Tensor]:
+        """`layers`, and what the last block's prefix tokens attend to among patches (B, heads, prefix, N): one pass."""
+        raise UserError(f"{type(self).__name__} has no class token whose attention could be used: use a ViT")
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of final patch tokens of an image of this size (pixels)."""
         p = self.patch_size

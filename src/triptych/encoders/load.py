@@ -9,14 +9,15 @@ import timm
 import torch
 import yaml
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from triptych.encoders import load_swin
+from triptych.encoders import huggingface, load_swin, load_vit
 from triptych.encoders.base import Encoder
-from triptych.encoders.state import State, read_state, split_positions, take_registers
+from triptych.encoders.official import Part, find_encoder, is_swin, origin_named, swin_names
+from triptych.encoders.report import Report
+from triptych.encoders.state import read_tensors
 from triptych.encoders.swin import Swin, set_norm_eps
 from triptych.encoders.vit import ViT
 from triptych.errors import UserError, nearest
@@ -38,15 +39,24 @@ class Loaded:
     size: int  # pixels of the images it was trained on
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    report: Report | None = None  # of a file of weights: which of its tensors were taken
 
 
 def load_encoder(
-    model: str, *, weights: Weights = "teacher", arch: str | None = None, heads: int | None = None
+    model: str,
+    *,
+    weights: Weights = "teacher",
+    arch: str | None = None,
+    heads: int | None = None,
+    origin: str | None = None,
+    partial: bool = False,
 ) -> Loaded:
-    """model: a run's folder, a checkpoint of one, an exported folder, a state dict (.pt .pth .safetensors) or a timm
-    name (its published weights; weights="untrained" leaves them out).
+    """model: a run's folder, a checkpoint of one, an exported folder, a folder of transformers, a file of weights (.pt
+    .pth .bin .safetensors; whose: `official.VITS`) or a timm name (its published weights).
 
-    arch (a timm name) or heads say what a bare state dict leaves open.  Raises UserError.
+    weights: of what holds two encoders; "untrained" is for runs and timm names.  Of a file: arch (a timm name) or heads
+    say what it leaves open; origin (a key of `official.VITS`) whose it is, where its names do not tell; partial takes
+    what fits, and leaves the rest random, where otherwise every tensor must match.  Raises UserError.
     """
     path = Path(model)
     is_checkpoint = path.suffix == ".pt" and (path.parent.parent / "recipe.yaml").exists()
@@ -57,15 +67,16 @@ def load_encoder(
         raise UserError(f"--arch {arch}: timm has no such vision transformer or Swin{nearest(arch, known)}")
     if is_checkpoint or (path / "recipe.yaml").exists():
         return _of_run(path, weights)
-    if weights == "student":
-        raise UserError(f"{model} is not a Triptych run: only runs hold a student beside the teacher")
     if weights == "untrained" and path.exists():
         raise UserError(f"{model} holds trained weights only: --weights untrained needs a run or a timm name")
+    if path.is_file() or huggingface.config_of(path):
+        loaded = _of_file(path, "student" if weights == "student" else "teacher", arch, heads, origin, partial)
+        loaded.encoder.float()
+        return loaded
+    if weights == "student":
+        raise UserError(f"{model} holds no student: runs and some checkpoints of papers do")
     if (path / "config.json").exists():
         return _of_export(path)
-    if path.is_file():
-        encoder = encoder_of(read_state(path), arch=arch, heads=heads)
-        return Loaded(encoder, model, encoder.native_size[0])
     name = model.removeprefix("timm:")
     if not timm.is_model(name.split(".")[0]):
         raise UserError(
@@ -109,12 +120,17 @@ def _of_run(model: Path, weights: Weights) -> Loaded:
 def _of_export(folder: Path) -> Loaded:
     about = json.loads((folder / "config.json").read_text())
     ours = about.get("triptych")
+    if ours is None and "architecture" in about:
+        return _of_timm(f"local-dir:{folder}", pretrained=True)
     if ours is None:
-        raise UserError(f"{folder}/config.json was not written by `triptych export`; give its weights file instead")
+        raise UserError(
+            f"{folder}/config.json is neither Triptych's, timm's nor transformers': give the file of weights"
+        )
     trunk: Any = timm.create_model(about["architecture"], pretrained=False, num_classes=0, **about["model_args"])
     state, spec = load_file(folder / "model.safetensors"), TokenSpec(**ours["tokens"])
-    if load_swin.is_swin(state):
-        trunk.load_state_dict(load_swin.timm_names(state), strict=True)
+    if is_swin(state):
+        names = swin_names(state)
+        trunk.load_state_dict({names[name]: value for name, value in state.items()}, strict=True)
         set_norm_eps(trunk, ours["norm_eps"])
         encoder = Swin(trunk, spec)
     else:
@@ -148,51 +164,30 @@ def _plain_vit(name: str, model: nn.Module) -> ViT:
     return ViT(vit, TokenSpec(cls=int(vit.has_class_token), register=vit.num_reg_tokens))
 
 
-def encoder_of(state: State, *, arch: str | None = None, heads: int | None = None) -> Encoder:
-    """An encoder whose sizes are read off a timm-named state dict.  A ViT's heads cannot be: width/64 unless given."""
+def _of_file(
+    path: Path,
+    part: Part = "teacher",
+    arch: str | None = None,
+    heads: int | None = None,
+    origin: str | None = None,
+    partial: bool = False,
+) -> Loaded:
+    """A file, or a folder of transformers, where config.json says the heads.  float64 stays float64."""
+    folder = path if path.is_dir() else path.parent
+    about = huggingface.config_of(folder) if path.is_dir() or path.name in huggingface.FILES else None
+    said = huggingface.origin_of(folder, about) if about else origin_named(origin) if origin else None
+    found = find_encoder(read_tensors(huggingface.weights_of(path) if path.is_dir() else path), str(path), part, said)
     swin_arch = arch in timm.list_models(module="swin_transformer")
-    if load_swin.is_swin(state):
+    if found.swin:
         if heads is not None or (arch is not None and not swin_arch):
             raise UserError("these are a Swin's weights: its bias tables say the heads; --arch may name a Swin only")
-        return load_swin.encoder_of(state, arch=arch)
-    if swin_arch:
+        encoder, report = load_swin.encoder_of(found, str(path), arch=arch, partial=partial)
+    elif swin_arch:
         raise UserError(f"--arch {arch}: these are a ViT's weights, not a Swin's")
-    plus = int("cls_plus_token" in state)
-    registers = take_registers(state)
-    kernel, cls = state["patch_embed.proj.weight"], int("cls_token" in state)
-    extra = 0 if registers is None else registers.shape[1]
-    slots, table = split_positions(state, cls + extra)
-    if slots.shape[1] not in (0, cls + extra):  # registers without positions: a slot of zeros is the same
-        slots = torch.cat([slots, slots.new_zeros(1, extra, slots.shape[-1])], 1)
-    if registers is not None:
-        state = {**state, "reg_token": registers}
-    width, patch = kernel.shape[0], kernel.shape[-1]
-    if heads is None and arch:
-        named: Any = timm.create_model(arch, num_classes=0)
-        heads = int(named.blocks[0].attn.num_heads)
-    elif heads is None:
-        heads = max(1, width // 64)
-    vit = VisionTransformer(
-        img_size=round(table.shape[1] ** 0.5) * patch,
-        patch_size=patch,
-        embed_dim=width,
-        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
-        num_heads=heads,
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
-        qkv_bias="blocks.0.attn.qkv.bias" in state,
-        init_values=1.0 if "blocks.0.ls1.gamma" in state else None,
-        class_token=bool(cls),
-        no_embed_class=not slots.shape[1],
-        reg_tokens=extra,
-        pre_norm="norm_pre.weight" in state,
-        num_classes=0,
-        global_pool="token" if cls else "",
-    )
-    try:
-        vit.load_state_dict({**state, "pos_embed": torch.cat([slots, table], 1)}, strict=True)
-    except RuntimeError as error:
-        raise UserError(f"not the state dict of a plain ViT: {error}") from error
-    return ViT(vit, TokenSpec(cls=cls, cls_plus=plus, register=extra - plus)).eval()
+    else:
+        encoder, report = load_vit.encoder_of(found, str(path), arch=arch, heads=heads, partial=partial)
+    name = f"{path} ({found.role})" if found.role else str(path)
+    return Loaded(encoder, name, encoder.native_size[0], found.origin.mean, found.origin.std, report)
 
 
 def load_weights(encoder: Encoder, file: str) -> None:
@@ -207,52 +202,13 @@ def load_weights(encoder: Encoder, file: str) -> None:
             f"--encoder.weights {file}: no such file; give a run's folder, an export, or a .pt, .pth or .safetensors "
             "state dict"
         )
-    ours = path.is_dir() or (path.parent.parent / "recipe.yaml").exists()
-    state = read_state(path) if not ours else _state_of_ours(load_encoder(file).encoder, encoder, file)
-    if load_swin.is_swin(state) != isinstance(encoder, Swin):
+    bare = path.is_file() and not (path.parent.parent / "recipe.yaml").exists()
+    loaded = _of_file(path) if bare else load_encoder(file)
+    source = loaded.encoder
+    if isinstance(source, Swin) and isinstance(encoder, Swin):
+        load_swin.load_weights(encoder, source.swin.state_dict(), file)
+    elif isinstance(source, ViT) and isinstance(encoder, ViT):
+        load_vit.load_weights(encoder, source, file, same_heads=loaded.report is None)
+    else:
         kinds = ("a ViT", "a Swin") if isinstance(encoder, Swin) else ("a Swin", "a ViT")
         raise UserError(f"{file} does not fit the encoder: it holds {kinds[0]}, the encoder is {kinds[1]}")
-    if isinstance(encoder, Swin):
-        load_swin.load_weights(encoder, state, file)
-    elif isinstance(encoder, ViT):
-        _load_vit(encoder, state, file)
-
-
-def _state_of_ours(loaded: Encoder, encoder: Encoder, file: str) -> State:
-    """Of an encoder whose heads and tokens are known, unlike those of a bare file."""
-    for what in ("heads", "depth", "width"):
-        found, here = getattr(loaded, what), getattr(encoder, what)
-        if found != here:
-            raise UserError(f"{file} does not fit the encoder: it has {what} {found}, the encoder {here}")
-    found, here = (e.spec.register + e.spec.cls_plus for e in (loaded, encoder))
-    if found not in (0, here):
-        raise UserError(f"{file} has {found} registers (class+ counts as one), the encoder {here}: --encoder.registers")
-    return cast(State, loaded.trunk.state_dict())
-
-
-def _load_vit(encoder: ViT, state: State, file: str) -> None:
-    vit, registers = encoder.vit, take_registers(state)
-    extra = 0 if registers is None else registers.shape[1]
-    slots, table = split_positions(state, int("cls_token" in state) + extra)
-    ours = vit.state_dict()
-    if registers is not None and "reg_token" in ours and registers.shape == ours["reg_token"].shape:
-        state["reg_token"] = registers
-    if table.shape[-1] != encoder.width:
-        raise UserError(
-            f"{file} does not fit the encoder: its width is {table.shape[-1]}, the encoder's {encoder.width}"
-        )
-    grid, side = vit.patch_embed.grid_size, round(table.shape[1] ** 0.5)
-    table = resample_abs_pos_embed(table, list(grid), [side, side], num_prefix_tokens=0)
-    own = ours["pos_embed"].shape[1] - table.shape[1]
-    kept = min(own, slots.shape[1])
-    state["pos_embed"] = torch.cat([slots[:, :kept], ours["pos_embed"][:, kept:own], table], 1)
-    fresh = [name for name in ours if name not in state]
-    wrong = [name for name in state if name not in ours or state[name].shape != ours[name].shape]
-    if wrong or set(fresh) - {"cls_token", "reg_token"}:
-        lines = [
-            f"{n}: {tuple(state[n].shape)} in the file, {tuple(ours[n].shape) if n in ours else 'absent'} here"
-            for n in wrong
-        ]
-        lines += [f"{n}: not in the file" for n in fresh if n not in ("cls_token", "reg_token")]
-        raise UserError(f"{file} does not fit the encoder:\n  " + "\n  ".join(lines[:8]))
-    vit.load_state_dict({**ours, **state})

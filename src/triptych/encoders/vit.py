@@ -10,17 +10,18 @@ from typing import Literal, cast
 
 import timm
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
-from timm.layers import Attention, resample_abs_pos_embed
+from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from triptych.encoders.base import Crops, Encoder
 from triptych.encoders.blocks import Stream, packed, queries_and_keys, run_block
+from triptych.encoders.positions import Positions, resampled
 from triptych.encoders.vit_init import Init, fix_positions, init_vit
 from triptych.errors import UserError, nearest
+from triptych.losses import full_precision
 from triptych.tokens import Tokens, TokenSpec
 
 
@@ -43,17 +44,18 @@ class ViTConfig(BaseModel):
     init: Init = "dino"  # linear weights σ 0.02, which suits widths from 384; or Xavier
     position_table: Literal["learned", "sincos", "sincos_mae"] = "learned"  # or fixed: MoCo v3's, MAE's
     freeze_patches: bool = False  # the patch projection keeps its random start (MoCo v3: training is stabler)
-    positions: Literal["timm", "dino"] = "timm"  # how the position table is resampled for other grids
-    weights: str | None = None  # to start from: a run, an export, or a file of timm, DINO, MAE, MSN or Triptych
+    positions: Positions = "timm"  # how the position table is resampled for other grids
+    weights: str | None = None  # to start from: a run, an export, or a file of weights (docs/encoders.md)
 
 
 class ViT(Encoder):
     """images (B, 3, H, W) -> Tokens.  H and W are any multiples of the patch size."""
 
-    def __init__(self, vit: VisionTransformer, spec: TokenSpec, positions: Literal["timm", "dino"] = "timm"):
+    def __init__(self, vit: VisionTransformer, spec: TokenSpec, positions: Positions = "timm"):
         super().__init__()
         _check_plain(vit)
-        self.vit, self.spec, self.positions = vit, spec, positions
+        self.vit, self.spec = vit, spec
+        self.positions: Positions = positions
         self.skip = False  # `ViTConfig.drop_path_skips`
         width = self.width
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if spec.mask else None
@@ -89,6 +91,11 @@ class ViT(Encoder):
         return self.vit.patch_embed.patch_size[0]
 
     @property
+    def norm_eps(self) -> float:
+        """ε of the layer norms."""
+        return cast(nn.LayerNorm, self.blocks[0].norm1).eps
+
+    @property
     def prefix(self) -> int:
         """Tokens before the patches: class, class+, registers."""
         return self.spec.cls + self.spec.cls_plus + self.spec.register
@@ -98,26 +105,38 @@ class ViT(Encoder):
         return self.vit.patch_embed.img_size
 
     def run(self, inputs: Sequence[Crops], blocks: Sequence[int]) -> list[list[Tokens]]:
+        return self._pass(inputs, blocks)[0]
+
+    def _pass(self, inputs: Sequence[Crops], blocks: Sequence[int]) -> tuple[list[list[Tokens]], Stream]:
+        """`run`, and what enters the last of these blocks."""
         wanted = [b % self.depth for b in blocks]
         last, taps = max(wanted), {}
         x, grids = self._embed(inputs)
         # An encoder whose private tokens are not private must go on with all.
         whole = [c.patches or not self.spec.cls or self._uncut for c in inputs]
         queries = [None if w else self.prefix for w in whole]
+        entering = x
         for i, block in enumerate(self.blocks[: last + 1]):
+            entering = x
             x = self._run(block, x, queries if i == last else ())
             if i in wanted:
                 taps[i] = self._roles(x, grids)
-        return [[taps[b][i] for b in wanted] for i in range(len(inputs))]
+        return [[taps[b][i] for b in wanted] for i in range(len(inputs))], entering
 
     def last_attention(self, images: Tensor) -> Tensor:
-        """(B, heads, T, T): attention of the last block; T = prefix tokens (class, class+, registers), then patches."""
-        x, _ = self._embed([Crops(images)])
-        for block in self.blocks[:-1]:
-            x = self._run(block, x)
+        return self._attention(self._pass([Crops(images, patches=False)], [-1])[1])
+
+    def layers_and_attention(self, images: Tensor, blocks: Sequence[int]) -> tuple[list[Tokens], Tensor]:
+        ((*taps, _),), entering = self._pass([Crops(images)], [*blocks, -1])
+        return taps, self._attention(entering, self.prefix)[..., self.prefix :]
+
+    def _attention(self, x: Stream, queries: int | None = None) -> Tensor:
+        """(B, heads, queries, T) of the last block, of its first tokens or of all."""
         q, k = queries_and_keys(self.blocks[-1], x)[0]
         n = x.shapes[0][1] - (x.count if self._uncut else 0)
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)[:, :, :n, :n]
+        with torch.autocast(q.device.type, enabled=False):  # bf16 scores would decide which patches are seen most
+            q, k = full_precision(q[:, :, :queries]), full_precision(k)
+            return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)[:, :, :n, :n]
 
     def timm_arguments(self) -> tuple[str, dict]:
         vit, block = self.vit, self.blocks[0]
@@ -127,7 +146,7 @@ class ViT(Encoder):
             "embed_dim": self.width,
             "depth": self.depth,
             "num_heads": self.heads,
-            "mlp_ratio": cast(nn.Linear, block.mlp.fc1).out_features / self.width,
+            "mlp_ratio": mlp_ratio(cast(nn.Linear, block.mlp.fc1).out_features, self.width),
             "qkv_bias": cast(nn.Linear, block.attn.qkv).bias is not None,
             "init_values": 1.0 if hasattr(block.ls1, "gamma") else None,
             "class_token": vit.has_class_token,
@@ -137,8 +156,9 @@ class ViT(Encoder):
             "global_pool": "token" if vit.has_class_token else "",
             "dynamic_img_size": True,
         }
-        # Any plain ViT's name will do: the arguments say all that differs.
-        return "vit_tiny_patch16_224", {k: v for k, v in arguments.items() if v is not None}
+        # The arguments say all that differs from the named ViT, but for SwiGLU, which is a class.
+        name = "vit_tiny_patch16_224" if type(block.mlp) is Mlp else "vit_giant_patch14_dinov2"
+        return name, {k: v for k, v in arguments.items() if v is not None}
 
     def as_timm(self, tokens: Tokens) -> Tensor:
         """(B, T, D): class, class+, registers, patches."""
@@ -202,10 +222,7 @@ class ViT(Encoder):
             prefix = prefix + vit.pos_embed[:, :slots]
         native = vit.patch_embed.grid_size
         if grid != native:
-            if self.positions == "timm":
-                table = resample_abs_pos_embed(table, list(grid), list(native), num_prefix_tokens=0)
-            else:
-                table = _resample_dino(table, native, grid)
+            table = resampled(table, native, grid, self.positions)
         return table, prefix
 
     def _roles(self, x: Stream, grids: list[tuple[int, int] | None]) -> list[Tokens]:
@@ -232,17 +249,16 @@ class ViT(Encoder):
         )
 
 
+def mlp_ratio(hidden: int, width: int) -> float:
+    """What timm multiplies by the width and rounds down to `hidden`."""
+    ratio = hidden / width
+    return ratio if int(ratio * width) == hidden else (hidden + 0.5) / width
+
+
 def _check_plain(vit: nn.Module) -> None:
     plain = type(vit) is VisionTransformer and all(type(b) is Block and type(b.attn) is Attention for b in vit.blocks)
     if not plain:
         raise UserError(f"{type(vit).__name__} is not a plain ViT: use a timm model made of VisionTransformer's Block")
-
-
-def _resample_dino(table: Tensor, native: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """DINO's resampling: bicubic by the *factor* (n + 0.1)/native, which shifts the sampling grid slightly."""
-    image = table.transpose(1, 2).unflatten(2, native)
-    factor = tuple((n + 0.1) / m for n, m in zip(grid, native, strict=True))
-    return F.interpolate(image, scale_factor=factor, mode="bicubic").flatten(2).transpose(1, 2)
 
 
 def build(config: ViTConfig, spec: TokenSpec, image_size: int | None = None) -> ViT:

@@ -1,27 +1,35 @@
 """Features of a frozen encoder: extracted once, cached, shared by all frozen protocols."""
 
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from triptych import __version__
 from triptych.cache import cache_folder
+from triptych.data.images import UnreadableImage
 from triptych.data.sources import Source
+from triptych.data.subsets import digest
 from triptych.encoders import Encoder
 from triptych.errors import UserError
 from triptych.evals.frozen import fast_batch, frozen
 from triptych.evals.selection import Token, select_all
-from triptych.evals.transform import EvalTransform, batches
+from triptych.evals.transform import EvalTransform, grouped_batches
+from triptych.losses import unit
 from triptych.precision import fast_precision
 from triptych.progress import progress
 
 T = TypeVar("T")
+HASHED = 1000
+"""Images of a source whose bytes are part of the key of its cached features: all of a small one, else a sample."""
 
 
 def extract(
@@ -39,6 +47,7 @@ def extract_all(
     tokens: Sequence[Token],
     *,
     layers: int = 1,
+    scales: tuple[float, ...] = (1.0,),
     batch: int | None = None,
     device: torch.device | str = "cpu",
     precision: torch.dtype | None = None,
@@ -46,29 +55,70 @@ def extract_all(
 ) -> tuple[dict[Token, Tensor], Tensor]:
     """-> features (N, D) float32 of each token, and indices (N,) int64 into the source, both on the CPU.
 
-    One pass over the images, of which those that cannot be read are left out.  batch, precision: None = what is fast on
-    the device (`fast_batch`, `fast_precision`).  The encoder is left as it was.
+    One pass over the images, of which those that cannot be read are left out.  scales: other than (1.0,), features are
+    those of `multiscale`.  Images of unlike sizes (transform "longest") go by size, without the last rows and columns
+    that fill no patch.  batch, precision: None = what is fast on the device (`fast_batch`, fewer where images exceed
+    224 px; `fast_precision`).  The encoder is left as it was.
     """
     device = torch.device(device)
-    batch = batch or fast_batch(device)
-    indices: list[int] = []
+    batch = batch or max(1, fast_batch(device) * 224**2 // max(224, transform.size) ** 2)
+
+    def describe(images: Tensor) -> dict[Token, Tensor]:
+        return select_all(encoder, images, tokens, layers)
+
+    def features_of(images: Tensor) -> dict[Token, Tensor]:
+        if scales != (1.0,):
+            return multiscale(describe, images, scales, encoder.patch_size)
+        return describe(whole_patches(images, encoder.patch_size) if transform.shape == "longest" else images)
+
+    read: list[int] = []
     found: dict[Token, Tensor] = {}
     with frozen(encoder, device, precision or fast_precision(device)):
         for index, part in _one_behind(
-            (index, select_all(encoder, images, tokens, layers))
-            for index, images in progress(
-                batches(source, transform, batch=batch, device=device, workers=workers),
+            (index, features_of(images))
+            for groups in progress(
+                grouped_batches(source, transform, batch=batch, device=device, workers=workers),
                 f"features of {source.name}:",
                 len(source),
                 each=batch,
             )
+            for index, images in groups
         ):
             for token, x in part.items():
                 if token not in found:
                     found[token] = torch.empty(len(source), x.shape[1])
-                found[token][len(indices) : len(indices) + len(x)] = x
-            indices += index
-    return {token: x[: len(indices)] for token, x in found.items()}, torch.tensor(indices)
+                found[token][index] = x.to("cpu", torch.float32)
+            read += index
+    indices = torch.tensor(sorted(read))
+    return {t: x if len(indices) == len(x) else x[indices] for t, x in found.items()}, indices
+
+
+def multiscale(
+    describe: Callable[[Tensor], dict[Token, Tensor]], images: Tensor, scales: Sequence[float], patch: int
+) -> dict[Token, Tensor]:
+    """Features (B, D) of unit length: of the mean of what `describe` gives for the images (B, 3, H, W) at each scale.
+
+    The descriptor of DINO's retrieval (utils.py:815, which divides by the norm of the whole batch and so wants one
+    image at a time).  Bilinear, not anti-aliased, on normalised pixels.  patch: sides are cut to multiples of it.
+    """
+    if not scales or min(scales) <= 0:
+        raise UserError(f"scales {scales}: give at least one, each > 0 (DINO: 1, 0.7071 and 0.5)")
+    total: dict[Token, Tensor] = {}
+    for scale in scales:
+        resized = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear")
+        for token, x in describe(whole_patches(resized, patch)).items():
+            total[token] = total[token] + x.float() if token in total else x.float()
+    return {token: unit(x) for token, x in total.items()}  # the direction of the sum is the mean's
+
+
+def whole_patches(images: Tensor, patch: int) -> Tensor:
+    """(B, 3, H, W) without the last rows and columns that fill no patch, as a strided convolution leaves them out."""
+    height, width = images.shape[-2:]
+    if min(height, width) < patch:
+        raise UserError(
+            f"an image of {height} x {width} px, as resized, is smaller than a patch of {patch} px; use a larger size"
+        )
+    return images[..., : height // patch * patch, : width // patch * patch]
 
 
 def _one_behind(items: Iterable[T]) -> Iterator[T]:
@@ -97,6 +147,25 @@ def weights_hash(encoder: Encoder) -> str:
     return digest.hexdigest()[:16]
 
 
+def content_hash(source: Source) -> str:
+    """16 hex digits over paths, labels, file sizes and the stored bytes of up to HASHED images, evenly spread.
+
+    So one image of a larger set may change unnoticed if its file keeps its size.  Of images that have no bytes of their
+    own (drawn, or in the one big file of a torchvision set) the source's own fingerprint is all there is.
+    """
+    stored = getattr(source, "stored", lambda _: None)
+
+    def one(index: int) -> str:
+        try:
+            data = stored(index)
+        except UnreadableImage:
+            return "unreadable"
+        return "" if data is None else hashlib.blake2b(memoryview(data).cast("B"), digest_size=8).hexdigest()
+
+    chosen = np.linspace(0, len(source) - 1, min(len(source), HASHED)).astype(int).tolist()
+    return digest([source.fingerprint(), *map(one, chosen)])
+
+
 def cached(
     encoder: Encoder, source: Source, transform: EvalTransform, *, token: Token = "cls", **options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -113,30 +182,33 @@ def cached_all(
     *,
     folder: Path | None = None,
     layers: int = 1,
+    scales: tuple[float, ...] = (1.0,),
     device: torch.device | str = "cpu",
     precision: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[dict[Token, Tensor], Tensor]:
     """`extract_all`, read from the cache where the same encoder, images and options were extracted before.
 
-    The key holds a hash of the weights and the fingerprint of the images (paths, labels, sizes): an image replaced by
-    another of the same size is not noticed.
+    The key holds a hash of the weights and the `content_hash` of the images.  Files are called TOKEN-HASH; what was
+    hashed is the file's metadata "key", in JSON, beside "source", the name that the images had.
     """
     precision = precision or fast_precision(device)
-    about = [__version__, weights_hash(encoder), encoder.heads, vars(encoder.spec), encoder.positions]
-    about += [source.fingerprint(), vars(transform)]
+    about = {"triptych": __version__, "weights": weights_hash(encoder), "heads": encoder.heads}
+    about |= {"spec": vars(encoder.spec), "positions": encoder.positions, "images": content_hash(source)}
+    about |= {"transform": vars(transform), "layers": layers, "scales": scales, "precision": str(precision)}
     folder = folder or cache_folder("features")
-    keys = {token: repr([*about, token, layers, str(precision)]) for token in tokens}
-    paths = {t: folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors" for t, key in keys.items()}
+    keys = {token: json.dumps({"token": token, **about}) for token in tokens}
+    hashes = {token: hashlib.sha256(key.encode()).hexdigest()[:32] for token, key in keys.items()}
+    paths = {token: folder / f"{token}-{of}.safetensors" for token, of in hashes.items()}
     stored = {token: load_file(path) for token, path in paths.items() if path.exists()}
     missing: list[Token] = [token for token in tokens if token not in stored]
     if missing:
-        options |= {"layers": layers, "device": device, "precision": precision}
+        options |= {"layers": layers, "scales": scales, "device": device, "precision": precision}
         features, indices = extract_all(encoder, source, transform, missing, **options)
         folder.mkdir(parents=True, exist_ok=True)
         for token in missing:
             stored[token] = {"features": features[token].contiguous(), "indices": indices}
             part = paths[token].with_suffix(f".{os.getpid()}.part")
-            save_file(stored[token], part)
+            save_file(stored[token], part, {"key": keys[token], "source": source.name})
             part.replace(paths[token])
     return {token: stored[token]["features"] for token in tokens}, stored[tokens[0]]["indices"]

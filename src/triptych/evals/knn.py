@@ -14,6 +14,13 @@ from triptych.evals.neighbours import index, nearest, similarity
 
 DEFAULT_K = (10, 20, 100, 200)
 """The neighbourhood sizes of the DINO paper."""
+PRESETS: dict[str, tuple[int, ...]] = {
+    "dino": DEFAULT_K,
+    "udi": (10, 15, 20, 30, 40, 50, 100, 200),
+    "mte": (10,),
+    "mmc": (10, 20, 50, 100),
+}
+"""Those of the papers; temperature 0.07 and weighted votes in all."""
 
 
 @dataclass(frozen=True)

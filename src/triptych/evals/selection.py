@@ -23,6 +23,8 @@ TOKENS: dict[Token, str] = {
 }
 """Names and meanings; N is a number of patches."""
 ATTENDED = re.compile(r"attended_([1-9]\d*)")
+PARTS = (1, 7, 14, 56, 112, 196)
+"""How many attended patches iBOT's part analysis looks at; 196 are all of 224 px in patches of 16."""
 
 
 def check_token(encoder: Encoder, token: Token) -> None:
@@ -31,6 +33,13 @@ def check_token(encoder: Encoder, token: Token) -> None:
         raise UserError(f"token {token!r}: choose one of {', '.join(TOKENS)}")
     if token == "cls_plus" and not encoder.spec.cls_plus:
         raise UserError("this encoder has no class+ token (only UDI's have): choose cls, patch_mean or cls+patch_mean")
+    if ATTENDED.fullmatch(token) and not encoder.spec.cls:
+        raise UserError(f"token {token}: this encoder has no class token that would attend to patches: take patch_mean")
+
+
+def attended_tokens(patches: int) -> tuple[Token, ...]:
+    """Tokens of the part analysis of images of so many patches: those of PARTS that are fewer, then all patches."""
+    return tuple(f"attended_{count}" for count in (*(n for n in PARTS if n < patches), patches))
 
 
 def select(encoder: Encoder, images: Tensor, token: Token, layers: int = 1) -> Tensor:
@@ -41,16 +50,20 @@ def select(encoder: Encoder, images: Tensor, token: Token, layers: int = 1) -> T
 def select_all(encoder: Encoder, images: Tensor, tokens: Sequence[Token], layers: int = 1) -> dict[Token, Tensor]:
     """(B, 3, H, W) -> (B, features) of each: class tokens of the last `layers` blocks, then what is of the last alone.
 
-    Each through the final norm but for "cls_raw"; TOKENS tells what they are.  One pass for all, and another one for
-    attention.  Raises UserError for a token that the encoder does not have.
+    Each through the final norm but for "cls_raw"; TOKENS tells what they are.  One pass for all of them.
+    Raises UserError for a token that the encoder does not have.
     """
     for token in tokens:
         check_token(encoder, token)
     if not 1 <= layers <= encoder.depth:
         raise UserError(f"layers {layers}: this encoder has {encoder.depth} blocks")
-    crops = Crops(images, patches=any(not token.startswith("cls") or "+" in token for token in tokens))
-    (taps,) = encoder.run([crops], range(-layers, 0))
-    attention = class_attention(encoder, images) if any(map(ATTENDED.fullmatch, tokens)) else None
+    blocks, attention = range(-layers, 0), None
+    if any(map(ATTENDED.fullmatch, tokens)):
+        taps, of_prefix = encoder.layers_and_attention(images, blocks)
+        attention = of_prefix[:, :, 0].mean(1)  # the class token is the first; mean over the heads
+    else:
+        crops = Crops(images, patches=any(not token.startswith("cls") or "+" in token for token in tokens))
+        (taps,) = encoder.run([crops], blocks)
     return {token: _features(taps, token, attention) for token in tokens}
 
 
@@ -82,13 +95,6 @@ def _single(tokens: Tokens, token: Token) -> Tensor:
 def generalised_mean(patches: Tensor, power: float = 4) -> Tensor:
     """(B, N, D) -> (B, D): (mean max(x, 1e-6)^p)^(1/p)."""
     return patches.clamp(min=1e-6).pow(power).mean(1).pow(1 / power)
-
-
-def class_attention(encoder: Encoder, images: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, N): attention of the last block's class token to the patches, mean over the heads."""
-    rows = encoder.last_attention(images).mean(1)
-    patches = rows.shape[-1] - encoder.spec.cls - encoder.spec.cls_plus - encoder.spec.register
-    return rows[:, 0, -patches:]
 
 
 def mean_attended(patches: Tensor, attention: Tensor, count: int) -> Tensor:

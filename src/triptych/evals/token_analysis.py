@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from triptych.errors import UserError
+from triptych.evals.cka import Table, as_table, cka_matrix
+from triptych.evals.clustering import nmi
 from triptych.evals.knn import check_sets, knn_of_spaces
-from triptych.losses import full_precision, unit
-
-Table = list[list[float | None]]
-"""Rows of numbers; None where there is nothing to measure."""
+from triptych.evals.pseudo_labels import nearest_prototype
 
 COLUMNS = ("token", "k-NN", "best pair", "pairs", "CKA with others", "NMI", "NMI of pairs")
 
@@ -69,53 +68,16 @@ def analyse(
     each = [per_class_accuracy(predictions[m, m], labels, classes) for m in range(len(names))]
     nmis = None
     if embeddings is not None and prototypes is not None:
-        nmis = _table(nmi_single_and_pairs(embeddings, prototypes, test_labels))
+        nmis = as_table(nmi_single_and_pairs(embeddings, prototypes, test_labels))
     return TokenAnalysis(
         names=list(names),
         k=k,
         knn=pairs.diagonal().tolist(),
-        per_class=_table(torch.stack(each)),
-        pairs=_table(pairs),
-        cka=_table(cka_matrix(test)),
+        per_class=as_table(torch.stack(each)),
+        pairs=as_table(pairs),
+        cka=as_table(cka_matrix(test)),
         nmi=nmis,
     )
-
-
-def linear_cka(x: Tensor, y: Tensor, unbiased: bool = False) -> float:
-    """Linear centred kernel alignment (Kornblith et al. 2019) of x (N, D) and y (N, E); see `cka_matrix`."""
-    return float(cka_matrix([x, y], unbiased)[0, 1])
-
-
-@torch.no_grad()
-def cka_matrix(tokens: Tensor | Sequence[Tensor], unbiased: bool = False) -> Tensor:
-    """(M, N, D), or M tensors (N, D_m) -> (M, M) float64: |XᵀY|² / (|XᵀX| |YᵀY|) of centred features.
-
-    It does not see rotations, scales and offsets of the features.  Near 1 when N is not much larger than D, whatever
-    the tokens hold: `unbiased` (Song et al. 2012), which needs N >= 4, has expectation near 0 for unrelated tokens.
-    NaN for a token that is the same for all images.
-    """
-    # What all images share is taken off by way of one of them: equal rows become exact zeros, not rounding errors.
-    centred = [x.double() - x[:1].double() for x in tokens]
-    for x in centred:
-        x.sub_(x.mean(0))
-    h = centred[0].new_empty(len(centred), len(centred))
-    for i, j in combinations_with_replacement(range(len(centred)), 2):
-        h[i, j] = h[j, i] = _hsic(centred[i], centred[j], unbiased)
-    size = h.diagonal().sqrt()
-    return h / (size[:, None] * size)
-
-
-def _hsic(x: Tensor, y: Tensor, unbiased: bool) -> Tensor:
-    """Hilbert-Schmidt independence criterion of centred x (N, D), y (N, E), up to a factor that CKA cancels."""
-    n, width = len(x), max(x.shape[1], y.shape[1])
-    # Σ_ij (x_i·x_j)(y_i·y_j) = |XᵀY|²: of the two ways the one with the smaller matrix.
-    total = (x.T @ y).square().sum() if n > width else ((x @ x.T) * (y @ y.T)).sum()
-    if not unbiased:
-        return total
-    # Song et al., equation 5, on Gram matrices whose diagonals a, b are removed.  Rows of a centred Gram matrix sum to
-    # 0, so those of the hollow ones sum to −a and −b, and no N x N matrix is needed.
-    a, b = x.square().sum(1), y.square().sum(1)
-    return total - a @ b + a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a @ b)
 
 
 @torch.no_grad()
@@ -141,23 +103,6 @@ def per_class_accuracy(predictions: Tensor, labels: Tensor, classes: int) -> Ten
     return 100 * torch.bincount(labels, right, classes) / torch.bincount(labels, minlength=classes)
 
 
-@torch.no_grad()
-def pseudo_labels(z: Tensor, prototypes: Tensor, rows: int = 1024) -> Tensor:
-    """The nearest prototype of each embedding: z (N, P), prototypes (K, P) -> (N,) int64.
-
-    The embeddings are put to unit length, as the methods do; the prototypes are used as they come
-    (`Prototypes.weight`: of unit length, unless their gain was trained).  `rows` at a time: (N, K) may be large.
-    """
-    return torch.cat([(unit(part) @ full_precision(prototypes).T).argmax(1) for part in z.split(rows)])
-
-
-def nmi(labels: Tensor, clusters: Tensor) -> float:
-    """Normalised mutual information, 0 to 1: 2 I(a, b) / (H(a) + H(b)) of two labellings (n,) of the same images."""
-    from sklearn.metrics import normalized_mutual_info_score  # takes a second to import
-
-    return float(normalized_mutual_info_score(labels.cpu().numpy(), clusters.cpu().numpy()))
-
-
 def nmi_single_and_pairs(z: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
     """NMI of classes and pseudo-labels: z (M, n, P), prototypes (K, P), labels (n,) -> (M, M) float64.
 
@@ -166,7 +111,7 @@ def nmi_single_and_pairs(z: Tensor, prototypes: Tensor, labels: Tensor) -> Tenso
     """
     out = torch.empty(len(z), len(z), dtype=torch.float64)
     for i, j in combinations_with_replacement(range(len(z)), 2):
-        out[i, j] = out[j, i] = nmi(labels, pseudo_labels((z[i] + z[j]) / 2, prototypes))
+        out[i, j] = out[j, i] = nmi(labels, nearest_prototype((z[i] + z[j]) / 2, prototypes))
     return out
 
 
@@ -188,10 +133,6 @@ def _check(
             f"embeddings have shape {tuple(z.shape)}, prototypes {tuple(prototypes.shape)}; give "
             f"{(len(test), len(test[0]), 'P')} for the tokens and images of the test features, and (K, P)"
         )
-
-
-def _table(x: Tensor) -> Table:
-    return [[None if value != value else value for value in row] for row in x.tolist()]
 
 
 def _others(table: Table, i: int) -> dict[int, float]:

@@ -7,7 +7,7 @@
 y: labels, smoothed and mixed by mixup and cutmix.  Inference uses o_g alone.
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,12 @@ class SupervisedConfig(EnsembleConfig):
     aux: int = Field(default=0, ge=0)  # MTE: 4
     pooled: int = Field(default=0, ge=0)  # MTE: 6
     token: Literal["cls", "patch_mean", "cls+patch_mean"] = "cls"  # what o_g reads (MMC's fine-tuning: the last)
+    fc_norm: bool = False  # patch_mean: the final norm starts afresh and comes after the mean (MAE's fine-tuning)
+    projection: int = Field(
+        default=0, ge=0
+    )  # width of the pre-training head's first layer, kept with its GELU; 0: none
+    classifier: Literal["new", "kept"] = "new"  # kept: that of the supervised run in encoder.weights (a second size)
+    head_std: float = Field(default=0.02, gt=0)  # σ of a new classifier's weights: MAE's 2e-5 is iBOT's 0.02 x 0.001
     logits: Literal["mean", "sum"] = "mean"  # o_a of the M classifiers
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     mixup: float = Field(default=0.8, ge=0)  # α of Beta(α, α); 0 = off
@@ -46,15 +52,35 @@ class SupervisedConfig(EnsembleConfig):
             raise ValueError("logits are fused as they are: fusion mean, see logits")
         return self
 
+    @model_validator(mode="after")
+    def _one_reading(self):
+        if self.fc_norm and (self.token != "patch_mean" or self.aux + self.pooled):
+            raise ValueError("fc_norm is the norm of the mean patch: token patch_mean, aux 0, pooled 0")
+        if self.projection and self.token != "cls":
+            raise ValueError("a projection kept from pre-training reads the class token: token cls")
+        return self
+
 
 class Classifier(nn.Module):
     """Encoder and a linear classifier of its class token, mean patch or both: what inference uses."""
 
-    def __init__(self, encoder: Encoder, classes: int, token: str = "cls"):
+    def __init__(self, encoder: Encoder, config: SupervisedConfig):
         super().__init__()
-        self.token = token
-        self.encoder, self.head = encoder, nn.Linear(encoder.width * (1 + token.count("+")), classes)
-        init_linear(self.head)
+        assert config.classes, "the loop fills in the data's number of classes"
+        self.token, self.fc_norm, self.encoder = config.token, config.fc_norm, encoder
+        self.projection = nn.Linear(encoder.width, config.projection) if config.projection else None
+        width = config.projection or encoder.width * (1 + config.token.count("+"))
+        self.head = nn.Linear(width, config.classes)
+        if self.projection is not None:
+            init_linear(self.projection)
+        init_linear(self.head, config.head_std)
+        if config.fc_norm:
+            self.norm.reset_parameters()
+
+    @property
+    def norm(self) -> nn.LayerNorm:
+        """The encoder's final norm."""
+        return cast(nn.LayerNorm, self.encoder.trunk.norm)
 
     def forward(self, images: Tensor) -> tuple[Tokens, Tensor]:
         """(B, 3, H, W) -> tokens, o_g (B, C): (8)"""
@@ -63,12 +89,19 @@ class Classifier(nn.Module):
 
     def logits(self, tokens: Tokens) -> Tensor:
         """(B, C)"""
-        if self.token == "cls":
-            read = tokens.global_token
-        else:
-            mean = tokens.patch.mean(1)
-            read = mean if self.token == "patch_mean" else torch.cat([tokens.global_token, mean], -1)
+        read = self.read(tokens)
+        if self.projection is not None:
+            read = F.gelu(self.projection(read))
         return full_precision(self.head(read))
+
+    def read(self, tokens: Tokens) -> Tensor:
+        """(B, D), of "cls+patch_mean" (B, 2D)"""
+        if self.token == "cls":
+            return tokens.global_token
+        if self.fc_norm:
+            return self.norm(tokens.patch_raw.mean(1))
+        mean = tokens.patch.mean(1)
+        return mean if self.token == "patch_mean" else torch.cat([tokens.global_token, mean], -1)
 
 
 class Supervised(Method):
@@ -82,11 +115,11 @@ class Supervised(Method):
 
     def __init__(self, encoder: Encoder, config: SupervisedConfig):
         super().__init__()
-        assert config.classes, "the loop fills in the data's number of classes"
         self.config = c = config
         if c.token == "cls+patch_mean" and not encoder.spec.cls:
             raise UserError(f"token {c.token}: this encoder has no class token beside its mean patch: set it to cls")
-        self.model = Classifier(encoder, config.classes, c.token)
+        self.model = Classifier(encoder, c)
+        assert config.classes
         self.average = ema_copy(self.model) if c.average else None
         self.ensemble = None
         if c.aux + c.pooled:

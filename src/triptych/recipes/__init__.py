@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from triptych.recipe import Recipe
-from triptych.recipes import contrastive, dino, finetune, ibot, masked, mmc, mte, supervised, udi
+from triptych.recipes import contrastive, dino, finetune, ibot, masked, mmc, mte, supervised, transfer, udi
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     f.__name__: f
@@ -43,8 +43,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         mmc.mmc_vitb16_in1k_400ep,
         *masked.RECIPES,
         *mte.RECIPES,
-        finetune.finetune_small,
-        finetune.finetune_vits16_in100_200ep,
+        *finetune.RECIPES,
+        *transfer.RECIPES,
         supervised.supervised_small,
         supervised.supervised_vits16_in1k_300ep,
         supervised.supervised_vitb16_in1k_300ep,

@@ -1,0 +1,79 @@
+"""All frozen protocols over encoders and sets of images."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from triptych.data.retrieval_sets import RetrievalSet
+from triptych.data.sources import Source
+from triptych.errors import UserError, nearest
+from triptych.evals import protocols as of
+from triptych.evals.knn import PRESETS as KNN
+from triptych.evals.linear_presets import PRESETS as LINEAR
+from triptych.evals.logistic import SETTINGS as LOGISTIC
+from triptych.evals.outcome import Outcome
+from triptych.evals.protocols import Pair
+from triptych.evals.retrieval_protocols import of_retrieval
+from triptych.evals.subject import Subject
+
+ON_PAIRS = ("knn", "linear", "logistic", "fewshot", "clustering", "cka")
+PROTOCOLS = (*ON_PAIRS, "retrieval")
+PAPERS = ("dino", "ibot", "udi", "mte", "mmc", "mae", "msn")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.  Raises UserError for a protocol that is none."""
+
+    protocols: Sequence[str] = PROTOCOLS
+    preset: str | None = None  # a paper, whose settings are taken wherever it has some
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.protocols:
+            if name not in PROTOCOLS:
+                known = ", ".join(PROTOCOLS)
+                raise UserError(f"{name!r} is no frozen protocol{nearest(name, PROTOCOLS)}; there are {known}")
+
+        if self.preset is not None and self.preset not in PAPERS:
+            raise UserError(f"no preset {self.preset!r}{nearest(self.preset, PAPERS)}; there are {', '.join(PAPERS)}")
+
+    def of(self, presets: Mapping[str, Any]) -> str | None:
+        """The preset, where a protocol has it."""
+        return self.preset if self.preset in presets else None
+
+
+Job = tuple[str, Callable[[], Outcome]]
+"""A protocol's name, and what measures it; that may raise UserError where the images do not suit the protocol."""
+
+
+def on_pair(subject: Subject, pair: Pair, plan: Plan) -> list[Job]:
+    """On labelled images to learn from and to measure on."""
+    jobs: list[Job] = []
+    if "knn" in plan.protocols:
+        jobs += [("knn", partial(of.of_knn, subject, pair, t, preset=plan.of(KNN))) for t in subject.tokens()]
+    if "linear" in plan.protocols:
+        jobs.append(("linear", partial(of.of_linear, subject, pair, preset=plan.of(LINEAR), seed=plan.seed)))
+    if "logistic" in plan.protocols:
+        options = {"preset": plan.of(LOGISTIC), "seed": plan.seed}
+        jobs += [("logistic", partial(of.of_logistic, subject, pair, few, **options)) for few in of.FEW_LABELS]
+    return jobs + on_images(subject, pair.test, plan)
+
+
+def on_images(subject: Subject, source: Source, plan: Plan) -> list[Job]:
+    """On labelled images alone: nothing is learned from others."""
+    jobs: list[Job] = []
+    if "fewshot" in plan.protocols:
+        jobs.append(("fewshot", partial(of.of_few_shot, subject, source, seed=plan.seed)))
+    if "clustering" in plan.protocols:
+        jobs.append(("clustering", partial(of.of_clustering, subject, source, seed=plan.seed)))
+    if "cka" in plan.protocols:
+        jobs.append(("cka", partial(of.of_cka, subject, source)))
+    return jobs
+
+
+def on_retrieval(subject: Subject, images: RetrievalSet, plan: Plan) -> list[Job]:
+    """On a set with its own ground truth."""
+    jobs = partial(of_retrieval, subject, images, seed=plan.seed)
+    return [("retrieval", jobs)] if "retrieval" in plan.protocols else []

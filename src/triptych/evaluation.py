@@ -1,0 +1,113 @@
+"""What the evaluating commands share: images to learn from and to measure on, and how a result is written down."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from triptych.data.sources import Source, open_source, splits
+from triptych.data.subsets import Subset
+from triptych.encoders.load import Weights, load_encoder
+from triptych.errors import UserError
+from triptych.evals.subject import Subject
+from triptych.progress import reporting
+from triptych.run_folder import provenance
+
+console = Console()
+
+
+def labelled_pair(data: str, test: str | None, seed: int = 0) -> tuple[Source, Source]:
+    """(train, test) images: as given, the data's own held-out part, or a seeded fifth that is held out here."""
+    if test is not None:
+        pair = open_source(data), open_source(test)
+    else:
+        pair = splits(data) or held_out_fifth(open_source(data), seed)
+    for source in pair:
+        if not source.classes:
+            raise UserError(f"{source.name} has no labels: put the images of each class in a sub-folder of its own")
+    if pair[0].classes != pair[1].classes:
+        counts = " and ".join(str(len(s.classes or ())) for s in pair)
+        raise UserError(
+            f"{pair[0].name} and {pair[1].name} do not have the same classes ({counts}): labels would not fit"
+        )
+    return pair
+
+
+def held_out_fifth(source: Source, seed: int) -> tuple[Source, Source]:
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = max(1, len(order) // 5)
+    return Subset(source, order[held:], " [four fifths]"), Subset(
+        source, order[:held], f" [held-out fifth, seed {seed}]"
+    )
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def subject_of(
+    model: str,
+    *,
+    more: Sequence[str] | None = None,
+    weights: Weights = "teacher",
+    arch: str | None = None,
+    size: int | None = None,
+    cache: bool = True,
+) -> Iterator[Subject]:
+    """The encoder, with further ones whose features stand beside its own.  Within, progress is told.
+
+    arch is that of the bare files of weights among them.  Without cache, features are kept until the end.
+    """
+    models = [model, *(more or [])]
+    bare = list(filter(is_bare, models)) or models
+    loaded = [load_encoder(m, weights=weights, arch=arch if m in bare else None) for m in models]
+    with TemporaryDirectory() as scratch, reporting(console):
+        folder = None if cache else Path(scratch)
+        yield Subject(loaded, size=size, device=device(), folder=folder, say=say)
+
+
+def is_bare(model: str) -> bool:
+    """A file of weights that says nothing of its heads: --arch may be about it."""
+    path = Path(model)
+    return path.is_file() and not (path.parent.parent / "recipe.yaml").exists()
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_unreadable(source: Source, indices: torch.Tensor) -> None:
+    if len(indices) < len(source):
+        say(f"{len(source) - len(indices)} of {len(source)} images of {source.name} cannot be read: left out")
+
+
+def writable(out: Path) -> None:
+    """A results file that cannot be written is an error now, not after the work."""
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.open("a").close()
+
+
+def report(protocol: str, result: dict, about: dict, table: Table, out: Path) -> dict:
+    """Print the table and append one JSON line that identifies the result."""
+    table.title = Text(str(table.title))  # brackets in names are no markup
+    console.print(table)
+    row = write_line(protocol, result, about, out)
+    console.print(f"appended to {out}", highlight=False)
+    return row
+
+
+def write_line(protocol: str, result: dict, about: dict, out: Path) -> dict:
+    """One JSON line: what was measured, of what, and where."""
+    row = {"protocol": protocol, **about, **result, **provenance()}
+    with out.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
