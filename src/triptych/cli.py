@@ -200,6 +200,8 @@ def embed(
     size: int | None = None,
     weights: Literal["teacher", "student", "untrained"] = "teacher",
     arch: str | None = None,
+    origin: str | None = None,
+    partial: Annotated[bool, Parameter(negative="")] = False,
     half: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Write the features of every image to a file.  The same command goes on with what was stopped.
@@ -220,12 +222,17 @@ def embed(
         Of a run: the teacher, the student, or before training.
     arch
         timm name of the architecture, where a bare file of weights leaves the heads open.
+    origin
+        Whose a bare file of weights is, where its names do not tell; see docs/encoders.md.
+    partial
+        Of a bare file of weights take what fits, and leave the rest random.
     half
         float16 numbers instead of float32.
     """
     from triptych import run_embed
 
-    options = {"layers": layers, "size": size, "weights": weights, "arch": arch, "half": half}
+    options = {"layers": layers, "size": size, "weights": weights, "half": half}
+    options |= {"arch": arch, "origin": origin, "partial": partial}
     run_embed.run(model, data, out, token=token or ["cls"], **options)
 
 

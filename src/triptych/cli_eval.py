@@ -43,11 +43,50 @@ class Measured:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Frozen(Measured):
+class Encoder:
+    """Which encoder, and where its results go.
+
+    Parameters
+    ----------
+    weights
+        Of a run, or a checkpoint that holds both: the teacher, the student; of a run or a timm name: before training.
+    arch
+        timm name of the architecture, where a bare file of weights leaves the heads open.
+    origin
+        Whose a bare file of weights is, where its names do not tell; see docs/encoders.md.
+    partial
+        Of a bare file of weights take what fits, and leave the rest random.
+    cache
+        Keep and reuse extracted features under ~/.cache/triptych (or $TRIPTYCH_CACHE).
+    out
+        File that results are appended to as JSON lines.
+    """
+
+    weights: Literal["teacher", "student", "untrained"] = "teacher"
+    arch: str | None = None
+    origin: str | None = None
+    partial: Annotated[bool, Parameter(negative="")] = False
+    cache: bool = True
+    out: Path = Path("results.jsonl")
+
+    def subject(self) -> dict:
+        """As of `evaluation.subject_of`."""
+        return {name: getattr(self, name) for name in ("weights", "cache", "arch", "origin", "partial")}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Frozen(Encoder):
     """What the protocols on one vector per image take.
 
     Parameters
     ----------
+    data
+        Labelled images to learn from; a folder with train/ and val/ is both.
+    test
+        Labelled images to measure on.  Default: the data's own held-out part.
+    size
+        Pixels of the evaluated images.  Default: what the encoder was trained on.
     token
         One or several of cls, cls_plus (UDI), patch_mean, cls+patch_mean, cls_raw (before the final norm), cls+gem,
         attended_N (mean of the N patches that the class token attends to most).
@@ -56,23 +95,20 @@ class Frozen(Measured):
         Class tokens of so many last blocks, concatenated.  Default: 1, or what a preset says.
     more
         Further models, whose features are put beside the first one's, each of unit length.
-    arch
-        timm name of the architecture, where a bare file of weights leaves the heads open.
-    cache
-        Keep and reuse extracted features under ~/.cache/triptych (or $TRIPTYCH_CACHE).
     """
 
+    data: str
+    test: str | None = None
+    size: int | None = None
     token: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None
     layers: int | None = None
     more: Annotated[list[str] | None, Parameter(name="--with", consume_multiple=True, negative="")] = None
-    arch: str | None = None
-    cache: bool = True
 
     def asked(self, *default: str) -> "Asked":
         """default: tokens where none is given; none of them: the preset's."""
         from triptych.run_frozen import Asked
 
-        encoder = {name: getattr(self, name) for name in ("more", "weights", "arch", "size", "cache")}
+        encoder = self.subject() | {"more": self.more, "size": self.size}
         tokens = list(dict.fromkeys(self.token or default))
         return Asked(self.data, self.test, self.out, tokens, self.layers, encoder)
 
@@ -139,12 +175,8 @@ def eval_linear(
     """
     from triptych import run_frozen
 
-    changes = {"epochs": epochs} if augment else {"epochs": epochs, "batch": batch, "lrs": lrs, "norm": norm}
-    if augment and (batch or lrs or norm):
-        from triptych.errors import UserError
-
-        raise UserError("--augment trains as the preset says: of --batch, --lrs and --norm none can be changed")
-    probe = {"preset": preset, "augmented": augment, "select": select, "seed": seed, **changes}
+    probe = {"preset": preset, "augmented": augment, "select": select, "seed": seed}
+    probe |= {"epochs": epochs, "batch": batch, "lrs": lrs, "norm": norm}
     run_frozen.eval_linear(model, options.asked(), **probe)
 
 

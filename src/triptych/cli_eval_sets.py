@@ -1,39 +1,11 @@
 """`triptych eval` on sets with a ground truth of their own, and over everything: retrieval, copy, all."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from triptych.cli_eval import MODELS, Model, evaluate
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class Encoder:
-    """Which encoder, and where its result goes.
-
-    Parameters
-    ----------
-    weights
-        Of a run or a file with both: the teacher, the student, or before training.
-    arch
-        timm name of the architecture, where a bare file of weights leaves the heads open.
-    cache
-        Keep and reuse extracted features under ~/.cache/triptych (or $TRIPTYCH_CACHE).
-    out
-        File that results are appended to as JSON lines.
-    """
-
-    weights: Literal["teacher", "student", "untrained"] = "teacher"
-    arch: str | None = None
-    cache: bool = True
-    out: Path = Path("results.jsonl")
-
-    def subject(self) -> dict:
-        return {"weights": self.weights, "arch": self.arch, "cache": self.cache}
-
+from triptych.cli_eval import MODELS, Encoder, Model, evaluate
 
 DEFAULT = Encoder()
 

@@ -95,7 +95,8 @@ def cost(recipe: Recipe, size: int | None = None) -> Cost:
     parts, x = _encoder_parts(encoder, torch.empty(1, 3, pixels, pixels, device="meta"), notes)
     if isinstance(method, Supervised):
         macs, _ = measure(lambda: method.model.logits(x))
-        parts.append(Part("classifier of the global token", macs, count(method.model.head)))
+        own = count(method.model.projection) + count(method.model.head)
+        parts.append(Part("classifier of the global token", macs, own))
         notes.append("Exports keep the encoder; `triptych eval classify` also uses the classifier of the global token.")
         ensemble = method.ensemble
     elif not siamese:

@@ -149,7 +149,7 @@ def _write_parquet(out: Path, rows: Iterator[tuple], features: Mapping[Token, np
     lists = {token: pa.list_(pa.from_numpy_dtype(x.dtype), x.shape[1]) for token, x in features.items()}
     types: list[Any] = [pa.int64(), pa.string(), pa.int64(), pa.string()]
     schema = pa.schema([*zip(COLUMNS, types, strict=True), *lists.items()])
-    with parquet.ParquetWriter(out, schema, use_dictionary=["class"]) as file:
+    with parquet.ParquetWriter(out, schema, use_dictionary=["class"]) as file:  # pyright: ignore[reportArgumentType]
         start = 0
         while piece := list(islice(rows, ROW_GROUP)):
             columns: list[Any] = [

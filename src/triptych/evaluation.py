@@ -1,10 +1,11 @@
 """What the evaluating commands share: images to learn from and to measure on, and how a result is written down."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -57,26 +58,46 @@ def subject_of(
     *,
     more: Sequence[str] | None = None,
     weights: Weights = "teacher",
-    arch: str | None = None,
     size: int | None = None,
     cache: bool = True,
+    **file: Any,
 ) -> Iterator[Subject]:
     """The encoder, with further ones whose features stand beside its own.  Within, progress is told.
 
-    arch is that of the bare files of weights among them.  Without cache, features are kept until the end.
+    file: arch, origin and partial of `load_encoder`, for the bare files of weights among them.  Without cache, features
+    are kept until the end.  Raises UserError.
     """
     models = [model, *(more or [])]
-    bare = list(filter(is_bare, models)) or models
-    loaded = [load_encoder(m, weights=weights, arch=arch if m in bare else None) for m in models]
+    check_file_options(models, file)
+    loaded = [load_encoder(m, weights=weights, **(file if is_bare(m) else {})) for m in models]
+    for one in loaded:
+        if one.report is not None:
+            say(f"{one.name}: {one.report.text()}")
     with TemporaryDirectory() as scratch, reporting(console):
         folder = None if cache else Path(scratch)
         yield Subject(loaded, size=size, device=device(), folder=folder, say=say)
 
 
 def is_bare(model: str) -> bool:
-    """A file of weights that says nothing of its heads: --arch may be about it."""
+    """A file of weights, which may leave open what a run tells."""
     path = Path(model)
     return path.is_file() and not (path.parent.parent / "recipe.yaml").exists()
+
+
+FILE = ("arch", "origin", "partial")
+"""Options of `load_encoder` about bare files of weights."""
+
+
+def for_model(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `subject_of` that concern this one of several models."""
+    return {name: value for name, value in options.items() if name not in FILE or is_bare(model)}
+
+
+def check_file_options(models: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Raises UserError where options about bare files of weights are given and no model is one."""
+    given = [name for name in FILE if options.get(name)]
+    if given and not any(map(is_bare, models)):
+        raise UserError(f"--{given[0]} is about bare files of weights; {', '.join(models)}: none, leave it out")
 
 
 def say(text: str) -> None:

@@ -15,7 +15,8 @@ from triptych.encoders.load_swin import official_names
 from triptych.errors import UserError
 from triptych.evals.features import weights_hash
 
-_TIMM_EPS = 1e-5  # of the layer norms in timm's Swin; no argument that JSON can hold changes it
+# Of the layer norms in timm's models; no argument that JSON can hold changes it.
+_TIMM_EPS = {Swin: 1e-5, ViT: 1e-6}
 _SET_EPS = """
 for module in model.modules():
     if isinstance(module, torch.nn.LayerNorm):
@@ -70,10 +71,8 @@ def timm_config(encoder: Encoder, loaded: Loaded, pixels: int) -> dict:
         "first_conv": "patch_embed.proj",
         "classifier": "head.fc" if isinstance(encoder, Swin) else "head",
     }
-    ours: dict = {"tokens": vars(encoder.spec)}
-    if isinstance(encoder, Swin):
-        ours["norm_eps"] = encoder.norm_eps
-    elif isinstance(encoder, ViT):
+    ours: dict = {"tokens": vars(encoder.spec), "norm_eps": encoder.norm_eps}
+    if isinstance(encoder, ViT):
         ours["positions"] = encoder.positions
     return {
         "architecture": architecture,
@@ -87,8 +86,7 @@ def timm_config(encoder: Encoder, loaded: Loaded, pixels: int) -> dict:
 
 def _set_eps(encoder: Encoder) -> str:
     """The lines of Python that timm's model needs after loading."""
-    needed = isinstance(encoder, Swin) and encoder.norm_eps != _TIMM_EPS
-    return _SET_EPS.format(eps=encoder.norm_eps) if needed else ""
+    return _SET_EPS.format(eps=encoder.norm_eps) if encoder.norm_eps != _TIMM_EPS[type(encoder)] else ""
 
 
 @torch.no_grad()
@@ -115,6 +113,10 @@ def card(encoder: Encoder, loaded: Loaded, pixels: int, difference: float) -> st
     parameters = sum(p.numel() for p in encoder.trunk.parameters()) / 1e6
     kind, layout, sizes = _about_swin(encoder) if isinstance(encoder, Swin) else _about_vit(encoder)
     set_eps = _set_eps(encoder).rstrip()
+    eps = ""
+    if set_eps:
+        usual = _TIMM_EPS[type(encoder)]
+        eps = f"\n- It was trained with ε {encoder.norm_eps:g} in its layer norms, where timm builds {usual:g}."
     return f"""---
 library_name: timm
 tags: [image-feature-extraction, self-supervised]
@@ -133,7 +135,7 @@ tokens = model.forward_features(images)  {layout}
 - Weights: sha256 prefix {weights_hash(encoder)}.
 - Checked when written: timm {__import__("timm").__version__} in a fresh process gives the same tokens on four random \
 images of {"x".join(map(str, encoder.native_size))} px, largest difference {difference:.3g}.
-- {sizes}
+- {sizes}{eps}
 - The weights are yours: Triptych claims no rights in what it trains.
 """
 
@@ -154,8 +156,6 @@ def _about_swin(encoder: Swin) -> tuple[str, str, str]:
 ```
 Tokens: one per {encoder.patch_size} px, no class token; an image's vector is their mean, `tokens.mean((1, 2))`.
 """
-    if encoder.norm_eps != _TIMM_EPS:
-        layout += f"\nIt was trained with ε {encoder.norm_eps:g} in its layer norms, where timm builds {_TIMM_EPS:g}.\n"
     sizes = (
         "Other sizes: timm's tokens are Triptych's where windows tile the grid of every stage; elsewhere timm shifts "
         "before it pads, Triptych after, as iBOT does."

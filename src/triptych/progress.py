@@ -32,11 +32,13 @@ def progress(items: Iterable[T], what: str, total: int, *, each: int = 1) -> Ite
     """The items as they are; while they pass, "WHAT 12 of 40, 0:31 left".  total: the sum; each: what an item counts
     for (the last one less)."""
     line, began, done = _line.get(), time.monotonic(), 0
-    for item in items:
-        yield item
-        done = min(total, done + each)
-        spent = time.monotonic() - began
-        if line is not None and spent > PATIENCE:
-            line.show(f"{what} {done} of {total}, {duration(spent / done * (total - done))} left")
-    if line is not None:
-        line.show("")  # the live line goes blank
+    try:
+        for item in items:
+            yield item
+            done = min(total, done + each)
+            spent = time.monotonic() - began
+            if line is not None and spent > PATIENCE:
+                line.show(f"{what} {done} of {total}, {duration(spent / done * (total - done))} left")
+    finally:  # also where the caller needs no more of them
+        if line is not None:
+            line.show("")  # the live line goes blank

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from triptych.data.sources import open_source
 from triptych.embed import EmbedResult, check, embed
@@ -21,18 +22,21 @@ def run(
     layers: int = 1,
     size: int | None = None,
     weights: Weights = "teacher",
-    arch: str | None = None,
     half: bool = False,
+    **file: Any,
 ) -> EmbedResult:
     """`embed` of a model as `load_encoder` takes it and images as `open_source` does.
 
-    token: one or several; size: pixels, None = what the encoder was trained on.  Tells what was written.  Raises
+    token: one or several; size: pixels, None = what the encoder was trained on; file: arch, origin and partial of
+    `load_encoder`.  Tells what was written.  Raises
     UserError for mistakes before any work, and as `embed` does; Interrupted.
     """
     check_out(out)  # before minutes of loading
     out.parent.mkdir(parents=True, exist_ok=True)
-    source, loaded = open_source(data), load_encoder(model, weights=weights, arch=arch)
+    source, loaded = open_source(data), load_encoder(model, weights=weights, **file)
     check(loaded.encoder, out, token, layers)
+    if loaded.report is not None:
+        say(loaded.report.text())
     pixels = size or loaded.size
     loaded.encoder.grid(pixels, pixels)
     transform = EvalTransform.of(pixels, loaded.mean, loaded.std)

@@ -17,7 +17,7 @@ from triptych.evals.outcome import Outcome, about_images
 from triptych.evals.protocols import Labels, Pair
 from triptych.evals.selection import Token
 from triptych.evals.subject import Subject
-from triptych.evaluation import is_bare, labelled_pair, report, subject_of, writable
+from triptych.evaluation import check_file_options, for_model, labelled_pair, report, subject_of, writable
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,9 @@ def eval_cka(models: Sequence[str], asked: Asked, *, unbiased: bool) -> dict:
     """Of every token of every encoder, on the same images."""
     features: dict[str, Tensor] = {}
     about: dict[str, Any] = {}
-    if asked.encoder.get("arch") and not any(map(is_bare, models)):
-        raise UserError("--arch says what a bare file of weights leaves open; none of these models is one")
+    check_file_options(models, asked.encoder)
     for model in models:
-        of = asked if is_bare(model) else replace(asked, encoder=asked.encoder | {"arch": None})
-        with of.images(model) as (subject, source):
+        with replace(asked, encoder=for_model(model, asked.encoder)).images(model) as (subject, source):
             for token, found in subject.features_of(source, asked.token, asked.blocks).items():
                 features[f"{subject.name}, {token}"] = found.x.to(subject.device)
             mine = subject.about()

@@ -18,7 +18,16 @@ from triptych.evals.published import known_set
 from triptych.evals.subject import Subject
 from triptych.evals.suite import Job, Plan, on_images, on_pair, on_retrieval
 from triptych.evals.tables import SideBySide
-from triptych.evaluation import console, is_bare, labelled_pair, say, subject_of, writable, write_line
+from triptych.evaluation import (
+    check_file_options,
+    console,
+    for_model,
+    labelled_pair,
+    say,
+    subject_of,
+    writable,
+    write_line,
+)
 
 Measured = tuple[str, str, list[Source], Callable[[Subject], list[Job]]]
 """A set of images: as the reader named it, as papers do, what features are taken of, and its jobs for a subject."""
@@ -44,6 +53,7 @@ def eval_all(
     for file in (out, markdown):
         if file is not None:
             writable(file)
+    check_file_options(models, options)
     sets = [*map(_of_pair(plan), data), *map(_of_images(plan), episodes)]
     sets += [_of_retrieval(plan, images) for name in retrieval for images in open_retrieval(name)]
     if not sets:
@@ -54,7 +64,7 @@ def eval_all(
         for model, which in _with_untrained(models, weights, untrained):
             label = Path(model).name + ("" if which == "teacher" else f" ({which})")
             subjects[label if label not in subjects else f"{model} ({which})"] = stack.enter_context(
-                subject_of(model, weights=which, **options | {"arch": options.get("arch") if is_bare(model) else None})
+                subject_of(model, weights=which, **for_model(model, options))
             )
         for name, known, sources, jobs in sets:
             table = SideBySide(name, known)

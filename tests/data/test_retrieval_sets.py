@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from triptych.data import retrieval_sets
+from triptych.data.archives import Zip
 from triptych.data.pixels import Picture
 from triptych.data.retrieval_sets import open_retrieval
 from triptych.errors import UserError
@@ -122,7 +124,7 @@ def write_json(folder, about):
     return folder / "truth.json"
 
 
-def test_json_names_files_and_members_of_zip_files(tmp_path):
+def test_json_names_files_and_members_of_zip_files(tmp_path, monkeypatch):
     picture(tmp_path / "loose" / "a.png", 1)
     for i in range(3):
         picture(tmp_path / f"{i}.png", 10 + i)
@@ -134,7 +136,10 @@ def test_json_names_files_and_members_of_zip_files(tmp_path):
         {"file": "loose/a.png", "positive": [0], "junk": [1], "class": "not looked at"},
     ]
     about = {"gallery_zip": "all.zip", "gallery": ["in/1.png", "in/0.png"], "queries": queries}
+    opened = []
+    monkeypatch.setattr(retrieval_sets, "Zip", lambda path: opened.append(path) or Zip(path))
     (found,) = open_retrieval(write_json(tmp_path, about))
+    assert len(opened) == 2, "once for the gallery, once for the queries, whatever the number of images"
     blue = [[np.asarray(s.image(i))[0, 0, 2] for i in range(2)] for s in (found.gallery, found.queries)]
     assert blue == [[11, 10], [12, 1]]
     assert [Picture(found.queries, i).pixels().values[0, 0, 2] for i in range(2)] == [12, 1]

@@ -268,6 +268,8 @@ def assert_same_tokens(a: Swin, b: Swin, size=32):
 @pytest.mark.parametrize("layout", ["timm", "official", "moby", "ibot"])
 def test_a_bare_state_dict_of_any_layout_loads(tmp_path, layout):
     encoder = tiny_swin(image=16)  # the last stage is one window
+    if layout == "ibot":
+        set_norm_eps(encoder.swin, 1e-6)
     state = encoder.swin.state_dict()
     if layout != "timm":
         state = official_names(state)

@@ -167,14 +167,15 @@ def test_held_out_images_choose_the_rate_and_are_not_augmented(encoder, sets, mo
     given, score = [], Probe.score
 
     def recorded(self, x, y):
-        given.append(x)
+        given.append((self, x))
         return score(self, x, y) * 0 + torch.tensor([0.0, 2.0, 1.0]) if len(x) < 10 else score(self, x, y)
 
     monkeypatch.setattr(Probe, "score", recorded)
     result = run(encoder, sets, replace(DINO, lrs=(0.1, 0.2, 0.3)))
     assert result.lr == 0.2
     x, _ = extract(encoder, train, TRANSFORM, layers=2, workers=0)
-    torch.testing.assert_close(given[-1], x[held])
+    torch.testing.assert_close(given[-1][1], x[held])
+    assert given[-1][0] is not given[0][0], "the reported probe has seen them"
 
 
 def test_an_unreadable_image_is_replaced_but_not_by_a_held_out_one(encoder, tmp_path, steps):

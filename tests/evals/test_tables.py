@@ -7,7 +7,9 @@ from triptych.evals.tables import SideBySide
 
 
 def outcome(value: float, **figure) -> Outcome:
-    return Outcome("knn", "cls", {}, None, [Figure("top-1 %, k = 10", value, **figure), Figure("minor", 1.0, main=False)])
+    return Outcome(
+        "knn", "cls", {}, None, [Figure("top-1 %, k = 10", value, **figure), Figure("minor", 1.0, main=False)]
+    )
 
 
 def test_a_row_per_figure_and_a_column_per_encoder():

@@ -46,6 +46,7 @@ def _operations(config: str, side: int):
     from timm.data.auto_augment import rand_augment_transform  # here: other policies' workers need no timm
 
     options = {"translate_const": int(SHIFT * side), "img_mean": GREY, "interpolation": Image.Resampling.BICUBIC}
+    options["magnitude_max"] = 9.999  # at 10 timm posterizes to 0 bits, which Pillow 13 refuses
     return rand_augment_transform(config, options)
 
 

@@ -233,7 +233,7 @@ class _Named:
                 f"{name}: {len(missing)} of {len(entries)} images are not there: {', '.join(missing[:3])}\n"
                 f"Paths count from {folder.absolute()}, or within the .zip file that is named for them"
             )
-        self.keys = [path for _, path in entries]
+        self.keys: Sequence[str] = [path for _, path in entries]
         files = Files(folder, self.keys)
         self._places: list[tuple[Store, int]] = [
             (archives[z], places[z][path]) if z else (files, i) for i, (z, path) in enumerate(entries)

@@ -62,6 +62,11 @@ class Encoder(nn.Module, ABC):
 
     @property
     @abstractmethod
+    def norm_eps(self) -> float:
+        """ε of the layer norms."""
+
+    @property
+    @abstractmethod
     def patch_size(self) -> int:
         """Pixels per side that one final patch token stands for."""
 

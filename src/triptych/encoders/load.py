@@ -136,6 +136,7 @@ def _of_export(folder: Path) -> Loaded:
     else:
         trunk.load_state_dict(state, strict=True)
         encoder = ViT(trunk, spec, ours["positions"])
+        set_norm_eps(trunk, ours.get("norm_eps", encoder.norm_eps))  # older exports do not tell
     cfg = about["pretrained_cfg"]
     return Loaded(encoder.eval(), str(folder), cfg["input_size"][-1], tuple(cfg["mean"]), tuple(cfg["std"]))
 

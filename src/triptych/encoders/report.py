@@ -37,7 +37,7 @@ class Report:
             return
         raise UserError(
             f"{file}: not the state dict of {what}\n{self.text()}\n"
-            "partial=True takes what fits and leaves missing weights random"
+            "--partial (partial=True) takes what fits and leaves missing weights random"
         )
 
 

@@ -248,9 +248,9 @@ def _check_spec(spec: TokenSpec) -> None:
     assert not spec.cls, "a Swin has no class token"
 
 
-def set_norm_eps(swin: SwinTransformer, eps: float) -> None:
+def set_norm_eps(trunk: nn.Module, eps: float) -> None:
     """ε of every layer norm, which timm offers no argument for that a file could hold."""
-    for module in swin.modules():
+    for module in trunk.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = eps
 

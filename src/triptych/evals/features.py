@@ -193,7 +193,12 @@ def cached_all(
     hashed is the file's metadata "key", in JSON, beside "source", the name that the images had.
     """
     precision = precision or fast_precision(device)
-    about = {"triptych": __version__, "weights": weights_hash(encoder), "heads": encoder.heads}
+    about = {
+        "triptych": __version__,
+        "weights": weights_hash(encoder),
+        "heads": encoder.heads,
+        "norm_eps": encoder.norm_eps,
+    }
     about |= {"spec": vars(encoder.spec), "positions": encoder.positions, "images": content_hash(source)}
     about |= {"transform": vars(transform), "layers": layers, "scales": scales, "precision": str(precision)}
     folder = folder or cache_folder("features")

@@ -69,7 +69,11 @@ def of_linear(
     if augmented:
         if len(subject.models) > 1:
             raise UserError("the probe on augmented images takes one encoder: leave out --with")
-        options = form | settings | {"seed": seed, "device": subject.device, "precision": subject.precision}
+        options = (
+            form
+            | settings
+            | {"seed": seed, "device": subject.device, "precision": subject.precision, "folder": subject.folder}
+        )
         encoder, transform = subject.models[0].encoder, replace(subject.transforms[0], **_form(preset))
         result = linear_augmented(encoder, pair.train, pair.test, transform, probe, **options)
         about = subject.about(**_form(preset)) | about_images(train=pair.train, test=pair.test) | form

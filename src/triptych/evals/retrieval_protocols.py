@@ -4,15 +4,12 @@ from typing import Any
 
 from triptych.data.retrieval_sets import RetrievalSet
 from triptych.data.sources import Source
-from triptych.evals.copy_detection import copy_detection
+from triptych.evals.copy_detection import SIZE, TOKEN, copy_detection
 from triptych.evals.outcome import Figure, Outcome, about_images
 from triptych.evals.protocols import on_text
 from triptych.evals.retrieval import of_readable, retrieval
 from triptych.evals.selection import Token
 from triptych.evals.subject import Subject
-
-COPY_SIZE = 320
-"""Pixels of the square that DINO's copy detection sees."""
 
 
 def of_retrieval(
@@ -49,10 +46,10 @@ def of_retrieval(
 def of_copy_detection(
     subject: Subject,
     images: RetrievalSet,
-    token: Token = "cls+gem",
+    token: Token = TOKEN,
     *,
     layers: int = 1,
-    size: int = COPY_SIZE,
+    size: int = SIZE,
     distractors: Source | None = None,
     whiten_on: Source | None = None,
     seed: int = 0,
