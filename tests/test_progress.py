@@ -30,3 +30,13 @@ def test_a_library_call_prints_nothing(capsys, monkeypatch):
     monkeypatch.setattr(progress, "PATIENCE", 0)
     assert list(progress.progress([1, 2], "images:", 2)) == [1, 2]
     assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_has_one_live_line_whoever_asks_for_another():
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with reporting(console):
+        first = progress._line.get()
+        with reporting(console):
+            assert progress._line.get() is first is not None
+        assert progress._line.get() is first
+    assert progress._line.get() is None

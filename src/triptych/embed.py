@@ -81,7 +81,7 @@ def embed(
     """
     out, device = Path(out), torch.device(device)
     check(encoder, out, tokens, layers)
-    batch, precision = batch or fast_batch(device), precision or fast_precision(device)
+    batch, precision = batch or fast_batch(device, transform.size), precision or fast_precision(device)
     about = {
         "triptych": __version__,
         "model": model,

@@ -18,7 +18,13 @@ _line: ContextVar[ProgressLine | None] = ContextVar("progress", default=None)
 
 @contextmanager
 def reporting(console: Console) -> Iterator[None]:
-    """Within it `progress` tells on this console: a live line on a terminal, a line every ten seconds elsewhere."""
+    """Within it `progress` tells on this console: a live line on a terminal, a line every ten seconds elsewhere.
+
+    Within another one it changes nothing: a terminal has one live line.
+    """
+    if _line.get() is not None:
+        yield
+        return
     line = ProgressLine(console)
     token = _line.set(line)
     try:

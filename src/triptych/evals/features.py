@@ -57,11 +57,11 @@ def extract_all(
 
     One pass over the images, of which those that cannot be read are left out.  scales: other than (1.0,), features are
     those of `multiscale`.  Images of unlike sizes (transform "longest") go by size, without the last rows and columns
-    that fill no patch.  batch, precision: None = what is fast on the device (`fast_batch`, fewer where images exceed
-    224 px; `fast_precision`).  The encoder is left as it was.
+    that fill no patch.  batch, precision: None = what is fast on the device (`fast_batch`,
+    `fast_precision`).  The encoder is left as it was.
     """
     device = torch.device(device)
-    batch = batch or max(1, fast_batch(device) * 224**2 // max(224, transform.size) ** 2)
+    batch = batch or fast_batch(device, transform.size)
 
     def describe(images: Tensor) -> dict[Token, Tensor]:
         return select_all(encoder, images, tokens, layers)

@@ -27,6 +27,8 @@ def frozen(module: nn.Module, device: torch.device | str, precision: torch.dtype
         module.to(home)
 
 
-def fast_batch(device: torch.device | str) -> int:
-    """Images at a time: enough to fill a GPU; on a CPU so few that a block's activations stay in its cache."""
-    return 256 if torch.device(device).type == "cuda" else 16
+def fast_batch(device: torch.device | str, size: int = 224) -> int:
+    """Images of `size` px at a time: enough to fill a GPU; on a CPU so few that a block's activations stay in its
+    cache, and so many that its threads, which wait for each other at every operation, have something to do."""
+    at_224, most = (256, 1024) if torch.device(device).type == "cuda" else (16, 256)
+    return max(1, min(most, at_224 * 224**2 // size**2))

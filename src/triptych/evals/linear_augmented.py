@@ -93,7 +93,9 @@ def linear_augmented(
         sets.append(plain(Subset(train, held.nonzero()[:, 0].tolist(), tenth)))
     for x, y in sets:
         check_sets(x, y, x, y)
-    views = _Views(train, transform, chosen, Plan.of(chosen, len(train), fast_batch(device)), seed, workers, held)
+    views = _Views(
+        train, transform, chosen, Plan.of(chosen, len(train), fast_batch(device, transform.size)), seed, workers, held
+    )
     with frozen(encoder, device, precision):
         scores, judge = _train(encoder, views, sets, len(train.classes), device, **form)
     return result_of(

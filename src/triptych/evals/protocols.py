@@ -109,7 +109,9 @@ class Labels:
     def name(self) -> str:
         if self.file is not None:
             return f"labels of {self.file}"
-        return f"{100 * self.share:g} % of the labels" if self.share else f"{self.per_class} labels a class"
+        if self.share is not None:
+            return f"{100 * self.share:g} % of the labels"
+        return f"{self.per_class} label{'' if self.per_class == 1 else 's'} a class"
 
     def subsets(self, source: Source, indices: Tensor, labels: Tensor, seed: int) -> list[Tensor]:
         """Rows of the features of these images."""

@@ -54,7 +54,7 @@ def pseudo_labels(
     """
     tower, prototypes = prototype_head(method, student)
     labels, device = labels_of(source, torch.arange(len(source))), torch.device(device)
-    batch = batch or fast_batch(device)
+    batch = batch or fast_batch(device, transform.size)
     indices: list[int] = []
     chosen: list[Tensor] = []
     with frozen(tower, device, precision or fast_precision(device)):

@@ -139,5 +139,7 @@ def batches(
     source: Source, transform: EvalTransform, *, batch: int | None, device: torch.device, workers: int | None = None
 ) -> Iterator[Group]:
     """`grouped_batches` one after the other: in order but where sizes differ.  batch: None = what is fast there."""
-    for groups in grouped_batches(source, transform, batch=batch or fast_batch(device), device=device, workers=workers):
+    for groups in grouped_batches(
+        source, transform, batch=batch or fast_batch(device, transform.size), device=device, workers=workers
+    ):
         yield from groups

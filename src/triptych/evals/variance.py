@@ -72,7 +72,7 @@ def variance(
         worker_init_fn=in_worker,
     )
     with frozen(encoder, device):
-        at_once = batch or fast_batch(device)
+        at_once = batch or fast_batch(device, transform.size)
         measured = [_levels(encoder, drawn, transform, at_once, device) for drawn in loader if drawn is not None]
     if not measured:
         raise UserError(f"no image of {source.name} can be read")
