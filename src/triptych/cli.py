@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from triptych import __version__
-from triptych.cli_eval import Model, evaluate
+from triptych.cli_eval import Blocks, Model, Pixels, evaluate
 from triptych.errors import Interrupted, NonFinite, UserError
 
 app = App(
@@ -94,7 +94,7 @@ def ablate(
 
 
 @app.command
-def cost(*overrides: Overrides, recipe: str = "udi_small", config: Path | None = None, size: int | None = None) -> None:
+def cost(*overrides: Overrides, recipe: str = "udi_small", config: Path | None = None, size: Pixels = None) -> None:
     """Print what each part of a method costs: multiply-accumulates and parameters, in training and after it.
 
     Fields of the recipe are set as for `train`: `--encoder.arch vit_base_patch16_224 --method.pooled 3`.
@@ -170,9 +170,7 @@ def quickstart(out: Path = Path("quickstart")) -> None:
 
 
 @app.command
-def export(
-    model: Model, *, out: Path, weights: Literal["teacher", "student"] = "teacher", size: int | None = None
-) -> None:
+def export(model: Model, *, out: Path, weights: Literal["teacher", "student"] = "teacher", size: Pixels = None) -> None:
     """Write an encoder for other software: safetensors, config and model card; loads in timm.
 
     Parameters
@@ -196,10 +194,11 @@ def embed(
     data: str,
     out: Path,
     token: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
-    layers: int = 1,
-    size: int | None = None,
+    layers: Blocks = 1,
+    size: Pixels = None,
     weights: Literal["teacher", "student", "untrained"] = "teacher",
     arch: str | None = None,
+    heads: Pixels = None,
     origin: str | None = None,
     partial: Annotated[bool, Parameter(negative="")] = False,
     half: Annotated[bool, Parameter(negative="")] = False,
@@ -221,7 +220,9 @@ def embed(
     weights
         Of a run: the teacher, the student, or before training.
     arch
-        timm name of the architecture, where a bare file of weights leaves the heads open.
+        timm name of the architecture of a bare file of weights, which leaves the number of heads open.
+    heads
+        That number itself, of an architecture that timm does not name.
     origin
         Whose a bare file of weights is, where its names do not tell; see docs/encoders.md.
     partial
@@ -232,7 +233,7 @@ def embed(
     from triptych import run_embed
 
     options = {"layers": layers, "size": size, "weights": weights, "half": half}
-    options |= {"arch": arch, "origin": origin, "partial": partial}
+    options |= {"arch": arch, "heads": heads, "origin": origin, "partial": partial}
     run_embed.run(model, data, out, token=token or ["cls"], **options)
 
 

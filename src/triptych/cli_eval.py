@@ -4,13 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, validators
 
 if TYPE_CHECKING:
     from triptych.run_frozen import Asked
 
 evaluate = App(name="eval", help="Measure a frozen encoder on labelled images.")
 
+Seed = Annotated[int, Parameter(validator=validators.Number(gte=0))]
+Pixels = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
+Blocks = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 Model = Annotated[str, Parameter(help="A run's folder, an export, a file of weights or a timm name.")]
 MODELS = Parameter(help="Runs' folders, exports, files of weights or timm names.")
 
@@ -37,7 +40,7 @@ class Measured:
     data: str
     test: str | None = None
     weights: Literal["teacher", "student", "untrained"] = "teacher"
-    size: int | None = None
+    size: Pixels = None
     out: Path = Path("results.jsonl")
 
 
@@ -51,7 +54,9 @@ class Encoder:
     weights
         Of a run, or a checkpoint that holds both: the teacher, the student; of a run or a timm name: before training.
     arch
-        timm name of the architecture, where a bare file of weights leaves the heads open.
+        timm name of the architecture of a bare file of weights, which leaves the number of heads open.
+    heads
+        That number itself, of an architecture that timm does not name.
     origin
         Whose a bare file of weights is, where its names do not tell; see docs/encoders.md.
     partial
@@ -64,6 +69,7 @@ class Encoder:
 
     weights: Literal["teacher", "student", "untrained"] = "teacher"
     arch: str | None = None
+    heads: Pixels = None
     origin: str | None = None
     partial: Annotated[bool, Parameter(negative="")] = False
     cache: bool = True
@@ -71,7 +77,7 @@ class Encoder:
 
     def subject(self) -> dict:
         """As of `evaluation.subject_of`."""
-        return {name: getattr(self, name) for name in ("weights", "cache", "arch", "origin", "partial")}
+        return {name: getattr(self, name) for name in ("weights", "cache", "arch", "heads", "origin", "partial")}
 
 
 @Parameter(name="*")
@@ -99,9 +105,9 @@ class Frozen(Encoder):
 
     data: str
     test: str | None = None
-    size: int | None = None
+    size: Pixels = None
     token: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None
-    layers: int | None = None
+    layers: Blocks | None = None
     more: Annotated[list[str] | None, Parameter(name="--with", consume_multiple=True, negative="")] = None
 
     def asked(self, *default: str) -> "Asked":
@@ -149,7 +155,7 @@ def eval_linear(
     lrs: Annotated[list[float] | None, Parameter(consume_multiple=True, negative="")] = None,
     norm: Literal["none", "batch", "unit"] | None = None,
     select: Literal["held_out", "test", "paper"] = "held_out",
-    seed: int = 0,
+    seed: Seed = 0,
     options: Frozen,
 ) -> None:
     """A linear classifier on frozen features; several learning rates at once, one chosen.
@@ -190,7 +196,7 @@ def eval_logistic(
     draws: int = 3,
     preset: Literal["udi", "dino", "msn", "msn_few"] | None = None,
     lam: float | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     options: Frozen,
 ) -> None:
     """Logistic regression on few labels, solved to the optimum.  Default: 1 % and 10 % of the labels.
@@ -226,7 +232,7 @@ def eval_few_shot(
     queries: int = 15,
     episodes: int = 600,
     averaging: Literal["pairs", "episodes"] = "pairs",
-    seed: int = 0,
+    seed: Seed = 0,
     options: Frozen,
 ) -> None:
     """Episodes of few classes and support images: nearest support, and F1 of a threshold on the similarity (MMC).
@@ -252,7 +258,7 @@ def eval_few_shot(
 
 @evaluate.command(name="clustering")
 def eval_clustering(
-    model: Model, *, clusters: int | None = None, restarts: int = 10, seed: int = 0, options: Frozen
+    model: Model, *, clusters: int | None = None, restarts: int = 10, seed: Seed = 0, options: Frozen
 ) -> None:
     """k-means of frozen features: do its clusters agree with the classes?  Of data with a held-out part, that part.
 

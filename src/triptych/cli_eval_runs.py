@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from triptych.cli_eval import Measured, Model, evaluate
+from triptych.cli_eval import Measured, Model, Pixels, Seed, evaluate
 
 Run = Annotated[str, Parameter(help="A run's folder or one of its checkpoints.")]
 
@@ -45,10 +45,10 @@ def eval_variance(
     views: int = 128,
     images: int | None = None,
     scale: Annotated[tuple[float, float], Parameter(negative="")] = (0.25, 1.0),
-    size: int | None = None,
+    size: Pixels = None,
     weights: Literal["teacher", "student", "untrained"] = "teacher",
     arch: str | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     out: Path = Path("results.jsonl"),
 ) -> None:
     """How much the global token varies under random crops of an image, and patch tokens where half of it is hidden.
@@ -87,7 +87,7 @@ def eval_reconstruction(
     images: int = 4,
     blocks: Annotated[list[int] | None, Parameter(consume_multiple=True, negative="")] = None,
     norm: bool = True,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """A picture of what the pixel head of MMC, SiT, GMML or MC-SSL makes of the student's patches after each block.
 
@@ -117,9 +117,9 @@ def eval_patches(
     images: int = 2000,
     head: bool = False,
     weights: Literal["teacher", "student", "untrained"] = "teacher",
-    size: int | None = None,
+    size: Pixels = None,
     arch: str | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     out: Path = Path("results.jsonl"),
 ) -> None:
     """What patch tokens share within an image and between images, and whether they tell where they stand.
@@ -156,7 +156,7 @@ def eval_gradients(
     data: str,
     batches: int = 8,
     weights: Literal["teacher", "untrained"] = "teacher",
-    seed: int = 0,
+    seed: Seed = 0,
     out: Path = Path("results.jsonl"),
 ) -> None:
     """How hard each term of a run's loss pulls at the encoder's last block, and whether the terms agree.
@@ -185,8 +185,8 @@ def eval_prototypes(
     *,
     data: str,
     weights: Literal["teacher", "student", "untrained"] = "teacher",
-    size: int | None = None,
-    seed: int = 0,
+    size: Pixels = None,
+    seed: Seed = 0,
     out: Path = Path("results.jsonl"),
 ) -> None:
     """The prototype that a run gives each image as its class: unsupervised classification (iBOT), without k-means.
@@ -219,7 +219,7 @@ def eval_finetune(
     share: float | None = None,
     per_class: int | None = None,
     labels: str | None = None,
-    draw: int = 0,
+    draw: Seed = 0,
     run: Path | None = None,
     out: Path = Path("results.jsonl"),
 ) -> None:
@@ -244,7 +244,7 @@ def eval_finetune(
     draw
         Number of the random choice of these images.
     run
-        Folder of the run.  Default: runs/RECIPE-MODEL.
+        Folder of the run.  Default: runs/RECIPE-MODEL-DATA, and which labels.
     out
         File that the result is appended to as one JSON line.
     """

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from triptych.cli_eval import MODELS, Encoder, Model, evaluate
+from triptych.cli_eval import MODELS, Blocks, Encoder, Model, Pixels, Seed, evaluate
 
 DEFAULT = Encoder()
 
@@ -18,11 +18,11 @@ def eval_retrieval(
     queries: str | None = None,
     crop_queries: Annotated[bool, Parameter(negative="")] = False,
     preset: Literal["dino", "ibot"] | None = None,
-    size: int | None = None,
+    size: Pixels = None,
     scales: Annotated[list[float] | None, Parameter(consume_multiple=True, negative="")] = None,
     token: str = "cls",
-    layers: int = 1,
-    seed: int = 0,
+    layers: Blocks = 1,
+    seed: Seed = 0,
     options: Encoder = DEFAULT,
 ) -> None:
     """Rank a gallery by similarity to each query: mean average precision.
@@ -60,10 +60,10 @@ def eval_copy(
     attacks: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     distractors: str | None = None,
     whiten_on: str | None = None,
-    size: int = 320,
+    size: Pixels = 320,
     token: str = "cls+gem",
-    layers: int = 1,
-    seed: int = 0,
+    layers: Blocks = 1,
+    seed: Seed = 0,
     options: Encoder = DEFAULT,
 ) -> None:
     """Copy detection: find the original of each altered copy (Copydays).
@@ -101,8 +101,8 @@ def eval_all(
     protocols: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     preset: str | None = None,
     untrained: bool = True,
-    size: int | None = None,
-    seed: int = 0,
+    size: Pixels = None,
+    seed: Seed = 0,
     markdown: Path | None = None,
     options: Encoder = DEFAULT,
 ) -> None:

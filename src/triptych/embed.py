@@ -20,7 +20,7 @@ from triptych.data.subsets import Subset
 from triptych.embed_files import Kept, check_out, outputs, write
 from triptych.encoders import Encoder
 from triptych.errors import Interrupted, UserError
-from triptych.evals.features import weights_hash
+from triptych.evals.features import encoder_hash
 from triptych.evals.frozen import fast_batch, frozen
 from triptych.evals.selection import Token, check_token, select_all
 from triptych.evals.transform import EvalTransform, grouped_batches
@@ -85,10 +85,8 @@ def embed(
     about = {
         "triptych": __version__,
         "model": model,
-        "encoder": weights_hash(encoder),
-        "heads": encoder.heads,
-        "roles": vars(encoder.spec),
-        "positions": encoder.positions,
+        "encoder": encoder_hash(encoder),
+        **encoder.beside_weights(),
         "data": source.name,
         "images": len(source),
         "fingerprint": source.fingerprint(),

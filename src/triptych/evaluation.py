@@ -27,6 +27,8 @@ def labelled_pair(data: str, test: str | None, seed: int = 0) -> tuple[Source, S
     """(train, test) images: as given, the data's own held-out part, or a seeded fifth that is held out here."""
     if test is not None:
         pair = open_source(data), open_source(test)
+        if pair[0].fingerprint() == pair[1].fingerprint():
+            say(f"be aware: {data} and {test} are the same images, so nothing here is measured on unseen ones")
     else:
         pair = splits(data) or held_out_fifth(open_source(data), seed)
     for source in pair:
@@ -64,8 +66,8 @@ def subject_of(
 ) -> Iterator[Subject]:
     """The encoder, with further ones whose features stand beside its own.  Within, progress is told.
 
-    file: arch, origin and partial of `load_encoder`, for the bare files of weights among them.  Without cache, features
-    are kept until the end.  Raises UserError.
+    file: arch, heads, origin and partial of `load_encoder`, for the bare files of weights among them.  Without cache,
+    features are kept until the end.  Raises UserError.
     """
     models = [model, *(more or [])]
     check_file_options(models, file)
@@ -84,7 +86,7 @@ def is_bare(model: str) -> bool:
     return path.is_file() and not (path.parent.parent / "recipe.yaml").exists()
 
 
-FILE = ("arch", "origin", "partial")
+FILE = ("arch", "heads", "origin", "partial")
 """Options of `load_encoder` about bare files of weights."""
 
 
@@ -109,10 +111,10 @@ def say_unreadable(source: Source, indices: torch.Tensor) -> None:
         say(f"{len(source) - len(indices)} of {len(source)} images of {source.name} cannot be read: left out")
 
 
-def writable(out: Path) -> None:
+def writable(out: Path, option: str = "--out") -> None:
     """A results file that cannot be written is an error now, not after the work."""
     if out.is_dir():
-        raise UserError(f"--out {out} is a folder: name a file")
+        raise UserError(f"{option} {out} is a folder: name a file")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.open("a").close()
 
@@ -128,6 +130,7 @@ def report(protocol: str, result: dict, about: dict, table: Table, out: Path) ->
 
 def write_line(protocol: str, result: dict, about: dict, out: Path) -> dict:
     """One JSON line: what was measured, of what, and where."""
+    assert not about.keys() & result.keys(), "one would hide the other"
     row = {"protocol": protocol, **about, **result, **provenance()}
     with out.open("a") as file:
         file.write(json.dumps(row) + "\n")

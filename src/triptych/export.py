@@ -13,7 +13,7 @@ from triptych.encoders import Encoder, Swin, ViT
 from triptych.encoders.load import Loaded
 from triptych.encoders.load_swin import official_names
 from triptych.errors import UserError
-from triptych.evals.features import weights_hash
+from triptych.evals.features import encoder_hash
 
 # Of the layer norms in timm's models; no argument that JSON can hold changes it.
 _TIMM_EPS = {Swin: 1e-5, ViT: 1e-6}
@@ -132,7 +132,7 @@ model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval
 tokens = model.forward_features(images)  {layout}
 
 - Images: {pixels} px, mean {loaded.mean}, std {loaded.std}.
-- Weights: sha256 prefix {weights_hash(encoder)}.
+- Weights: sha256 prefix {encoder_hash(encoder)}.
 - Checked when written: timm {__import__("timm").__version__} in a fresh process gives the same tokens on four random \
 images of {"x".join(map(str, encoder.native_size))} px, largest difference {difference:.3g}.
 - {sizes}{eps}

@@ -9,7 +9,7 @@ from triptych.embed import EmbedResult, check, embed
 from triptych.embed_files import check_out
 from triptych.encoders.load import Weights, load_encoder
 from triptych.evals.transform import EvalTransform
-from triptych.evaluation import console, device, say
+from triptych.evaluation import check_file_options, console, device, say
 from triptych.progress import reporting
 
 
@@ -27,17 +27,18 @@ def run(
 ) -> EmbedResult:
     """`embed` of a model as `load_encoder` takes it and images as `open_source` does.
 
-    token: one or several; size: pixels, None = what the encoder was trained on; file: arch, origin and partial of
-    `load_encoder`.  Tells what was written.  Raises
-    UserError for mistakes before any work, and as `embed` does; Interrupted.
+    token: one or several; size: pixels, None = what the encoder was trained on; file: arch, heads, origin and partial
+    of `load_encoder`.  Tells what was written.  Raises UserError for mistakes before any work, and as `embed` does;
+    Interrupted.
     """
     check_out(out)  # before minutes of loading
     out.parent.mkdir(parents=True, exist_ok=True)
+    check_file_options([model], file)
     source, loaded = open_source(data), load_encoder(model, weights=weights, **file)
     check(loaded.encoder, out, token, layers)
     if loaded.report is not None:
         say(loaded.report.text())
-    pixels = size or loaded.size
+    pixels = loaded.size if size is None else size
     loaded.encoder.grid(pixels, pixels)
     transform = EvalTransform.of(pixels, loaded.mean, loaded.std)
     options = {"tokens": token, "layers": layers, "half": half}

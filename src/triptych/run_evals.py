@@ -13,7 +13,7 @@ from triptych.encoders import Encoder
 from triptych.encoders.load import load_encoder, load_method
 from triptych.errors import UserError
 from triptych.evals.classify import check_supervised, classify
-from triptych.evals.features import labels_of, weights_hash
+from triptych.evals.features import encoder_hash, labels_of
 from triptych.evals.outcome import about_images
 from triptych.evals.pseudo_labels import pseudo_labels
 from triptych.evals.reconstruction import corrupted_view, reconstruct, with_pixel_head
@@ -43,7 +43,7 @@ def eval_tokens(run: str, data: str, test: str | None, out: Path, *, weights, si
     options: dict[str, Any] = {"prototypes": side.prototypes, "k": k, "probe": probe, "device": device()}
     result = measure_tokens(train, labels[0], held, labels[1], **options)
     kept = side.encoder.without("aux").without("mask")  # the encoder of eval knn and of exports
-    about = {"model": f"{name} ({shown})", "encoder": weights_hash(kept), "heads": kept.heads}
+    about = {"model": f"{name} ({shown})", "encoder": encoder_hash(kept), "heads": kept.heads}
     about |= about_images(train=pair[0], test=pair[1]) | {
         "size": transform.size,
         "resize": transform.resize,
@@ -100,7 +100,7 @@ def eval_classify(run: str, data: str, test: str | None, out: Path, *, weights, 
     result = classify(supervised, source, transform, average=weights != "student", device=device())
     kind = "average of weights" if result.averaged else "weights as trained"
     about = {"model": f"{name} ({weights})", "recipe": recipe.name}
-    about |= {"encoder": weights_hash(used.encoder.without("aux")), "heads": used.encoder.heads}
+    about |= {"encoder": encoder_hash(used.encoder.without("aux")), "heads": used.encoder.heads}
     about |= about_images(test=source) | {"size": transform.size}
     table = Table("classifier", "top-1 %", "top-5 %", title=f"{result.images} images of {source.name}, {name}")
     for token in result.top1:
@@ -115,7 +115,7 @@ def eval_prototypes(run: str, data: str, out: Path, *, weights, size, seed: int)
     transform = _transform(recipe, method.encoder, size)
     result = pseudo_labels(method, source, transform, student=weights == "student", seed=seed, device=device())
     about = {"model": f"{name} ({weights})", "recipe": recipe.name, "seed": seed, "size": transform.size}
-    about |= {"encoder": weights_hash(method.encoder.without("aux"))} | about_images(test=source)
+    about |= {"encoder": encoder_hash(method.encoder.without("aux"))} | about_images(test=source)
     title = (
         f"{result.metrics.clusters} of {result.prototypes} prototypes chosen, {result.metrics.images} images, {name}"
     )
@@ -133,7 +133,7 @@ def eval_variance(model: str, data: str, out: Path, *, size, weights, arch, **op
     loaded.encoder.grid(pixels, pixels)
     transform = EvalTransform.of(pixels, loaded.mean, loaded.std)
     result = variance(loaded.encoder, source, transform, device=device(), **options)
-    about = {"model": loaded.name, "encoder": weights_hash(loaded.encoder), "heads": loaded.encoder.heads}
+    about = {"model": loaded.name, "encoder": encoder_hash(loaded.encoder), "heads": loaded.encoder.heads}
     about |= about_images(test=source) | {"resize": transform.resize}
     if result.unreadable:
         asked = result.images + result.unreadable

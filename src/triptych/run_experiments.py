@@ -13,7 +13,7 @@ from triptych.data.loader import ViewDataset, collate
 from triptych.data.sources import open_source
 from triptych.encoders.load import load_encoder, load_method
 from triptych.errors import UserError
-from triptych.evals.features import weights_hash
+from triptych.evals.features import encoder_hash
 from triptych.evals.gradients import gradients, trained_encoder
 from triptych.evals.outcome import about_images
 from triptych.evals.patches import patches
@@ -57,7 +57,7 @@ def eval_gradients(run: str, data: str, out: Path, *, weights: str, batches: int
     table.add_row("norm of the whole loss", f"{result.loss:.4g}")
     for pair, cosine in result.cosines.items():
         table.add_row(f"cosine of {pair}", f"{cosine:.3f}")
-    about = {"model": f"{name} ({weights})", "encoder": weights_hash(trained_encoder(method)), "seed": seed}
+    about = {"model": f"{name} ({weights})", "encoder": encoder_hash(trained_encoder(method)), "seed": seed}
     about |= about_images(train=source)
     return report("gradients", asdict(result), about, table, out)
 
@@ -85,7 +85,7 @@ def eval_patches(model: str, data: str, out: Path, *, weights, size, arch, image
     table.add_row("between images", f"{result.between:.4f}")
     table.add_row("between images, same position", f"{result.same_position:.4f}")
     table.add_row("position told by a linear map, top-1 %", f"{result.position_top1:.2f} (chance {result.chance:.2f})")
-    about = {"model": loaded.name, "encoder": weights_hash(loaded.encoder), "head": head, "seed": seed}
+    about = {"model": loaded.name, "encoder": encoder_hash(loaded.encoder), "head": head, "seed": seed}
     about |= about_images(test=source) | {"size": transform.size}
     return report("patches", asdict(result), about, table, out)
 

@@ -11,12 +11,14 @@ from triptych import distributed
 from triptych.data.sources import Source
 from triptych.data.subsets import Subset
 from triptych.encoders import ViTConfig
-from triptych.encoders.load import load_method
+from triptych.encoders.load import load_encoder, load_method
 from triptych.errors import UserError
+from triptych.evals.features import encoder_hash
 from triptych.evals.finetune import finetune
 from triptych.evals.outcome import about_images
 from triptych.evals.protocols import Labels
-from triptych.evaluation import console, labelled_pair, report, writable
+from triptych.evals.published import known_set, published
+from triptych.evaluation import console, labelled_pair, report, say, writable
 from triptych.methods import METHODS
 from triptych.recipe import Recipe
 from triptych.settings import Flat, flat, nested, parse_overrides, resolve
@@ -36,6 +38,8 @@ def eval_finetune(
 ) -> dict | None:
     """Under torchrun all processes train; the first one measures."""
     writable(out)
+    if not Path(model).exists():
+        raise UserError(f"{model}: fine-tuning starts from a run, a checkpoint, an export or a file of weights")
     own = parse_overrides(overrides)
     found, _ = resolve(recipe, None, own)
     if (Path(model) / "recipe.yaml").exists():
@@ -46,7 +50,8 @@ def eval_finetune(
         train, held = distributed.first_process_first(lambda: labelled_pair(data, test))
         if few is not None:
             train = _labelled_part(train, few, draw)
-        folder = run or Path("runs") / f"{found.name}-{Path(model).name}"
+        part = "" if few is None else f"-{few.name}-{draw}"
+        folder = run or Path("runs") / slug(f"{found.name}-{Path(model).name}-{Path(data).name}{part}")
         result = finetune(model, train, held, recipe=found, out=folder, console=console)
     finally:
         distributed.stop()
@@ -57,7 +62,11 @@ def eval_finetune(
     table.add_row("top-5 %, after the last epoch", f"{result.top5:.2f}")
     if result.average_top1 is not None:
         table.add_row("top-1 % of the average of weights", f"{result.average_top1:.2f}")
-    about: dict[str, Any] = {"model": model, "labels": vars(few) if few else None, "draw": draw, "seed": found.seed}
+    start = encoder_hash(load_encoder(model).encoder)
+    about: dict[str, Any] = {"model": model, "encoder": start, "labels": vars(few) if few else None}
+    about |= {"draw": draw, "seed": found.seed}
+    for row in published(known_set(held), {"finetune"}):
+        say(f"reported by the papers, not measured here: {row.figure}, {row.encoder}: {row.value:.1f}")
     return report("finetune", asdict(result), about | about_images(train=train, test=held), table, out)
 
 
@@ -78,6 +87,11 @@ def for_run(recipe: Recipe, trained: Recipe, own: Flat, *, size: bool = True) ->
     if trained.encoder.name == "swin" and recipe.method.name == "supervised":  # its class token is the mean patch
         taken["method"] = recipe.method.model_copy(update={"token": "cls"})
     return Recipe.model_validate(nested(flat(recipe.model_copy(update=taken).model_dump()) | own))
+
+
+def slug(name: str) -> str:
+    """For a folder's name."""
+    return "".join(c if c.isalnum() or c in "-_.@" else "_" for c in name)
 
 
 def _labelled_part(train: Source, few: Labels, draw: int) -> Source:

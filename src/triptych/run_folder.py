@@ -76,11 +76,12 @@ def claim_folder(recipe: Recipe, source: Source, out: Path) -> None:
             )
         if changed:
             lines = "\n  ".join(changed)
-            raise UserError(f"{out} holds another run:\n  {lines}\nGive another --out, or remove the folder")
+            where = "Give another folder (train: --out, eval finetune: --run), or remove this one"
+            raise UserError(f"{out} holds another run:\n  {lines}\n{where}")
         return
     ours = {about, about.with_suffix(".part"), file.with_suffix(".part")}  # of a run that was killed right here
     if out.exists() and set(out.iterdir()) - ours:
-        raise UserError(f"{out} is not empty and holds no run: give another --out")
+        raise UserError(f"{out} is not empty and holds no run: give another folder")
     out.mkdir(parents=True, exist_ok=True)
     for path, text in (
         (about, json.dumps({"data": data, **provenance()}, indent=2) + "\n"),
@@ -104,7 +105,7 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
         content = parse(path.read_text())
     except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is damaged ({error}): restore it, or give another --out") from error
+        raise UserError(f"{path} is damaged ({error}): restore it, or give another folder") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: restore it, or give another --out")
+        raise UserError(f"{path} is damaged: restore it, or give another folder")
     return content

@@ -1,5 +1,6 @@
 """`triptych eval knn` and the other protocols on features of frozen encoders."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +14,10 @@ from triptych.data.sources import Source, open_source, splits
 from triptych.errors import UserError
 from triptych.evals import protocols
 from triptych.evals.cka import cka
+from triptych.evals.fewshot import check_episodes
+from triptych.evals.knn import check_votes
+from triptych.evals.linear import changed
+from triptych.evals.linear_presets import Norm, preset_of
 from triptych.evals.outcome import Outcome, about_images
 from triptych.evals.protocols import Labels, Pair
 from triptych.evals.selection import Token
@@ -58,7 +63,7 @@ class Asked:
 
     @property
     def blocks(self) -> int:
-        return self.layers or 1
+        return 1 if self.layers is None else self.layers
 
 
 def show(outcome: Outcome, out: Path) -> dict:
@@ -77,19 +82,38 @@ def eval_knn(
 ) -> list[dict]:
     if k and preset:
         raise UserError(f"--k and --preset {preset}: give one of them")
+    check_votes(k, temperature)
     options: dict[str, Any] = {"layers": asked.blocks, "k": k, "preset": preset, "temperature": temperature}
     with asked.opened(model) as (subject, pair):
         return [show(protocols.of_knn(subject, pair, token, **options), asked.out) for token in asked.token]
 
 
-def eval_linear(model: str, asked: Asked, **options: Any) -> list[dict]:
+def eval_linear(
+    model: str,
+    asked: Asked,
+    *,
+    preset: str = "sweep",
+    epochs: int | None = None,
+    batch: int | None = None,
+    lrs: Sequence[float] | None = None,
+    norm: Norm | None = None,
+    **options: Any,
+) -> list[dict]:
+    changes: dict[str, Any] = {"epochs": epochs, "batch": batch, "lrs": lrs, "norm": norm}
+    changed(preset_of(preset), **changes)  # refuses what is out of range
+    options |= {"preset": preset, **changes}
     with asked.opened(model) as (subject, pair):
         tokens = asked.token or [None]
         found = (protocols.of_linear(subject, pair, t, layers=asked.layers, **options) for t in tokens)
         return [show(outcome, asked.out) for outcome in found]
 
 
-def eval_logistic(model: str, asked: Asked, few: Sequence[Labels], **options: Any) -> list[dict]:
+def eval_logistic(
+    model: str, asked: Asked, few: Sequence[Labels], *, lam: float | None = None, **options: Any
+) -> list[dict]:
+    if lam is not None and not 0 < lam < math.inf:
+        raise UserError(f"--lam {lam}: give a finite number above 0")
+    options["lam"] = lam
     with asked.opened(model) as (subject, pair):
         tokens, options = asked.token or [None], options | {"layers": asked.blocks}
         found = (protocols.of_logistic(subject, pair, labels, t, **options) for t in tokens for labels in few)
@@ -97,12 +121,16 @@ def eval_logistic(model: str, asked: Asked, few: Sequence[Labels], **options: An
 
 
 def eval_few_shot(model: str, asked: Asked, **options: Any) -> list[dict]:
+    check_episodes(*(options[name] for name in ("ways", "shots", "queries", "episodes")))
     with asked.images(model) as (subject, source):
         found = (protocols.of_few_shot(subject, source, t, layers=asked.blocks, **options) for t in asked.token)
         return [show(outcome, asked.out) for outcome in found]
 
 
-def eval_clustering(model: str, asked: Asked, **options: Any) -> list[dict]:
+def eval_clustering(model: str, asked: Asked, *, clusters: int | None, restarts: int, **options: Any) -> list[dict]:
+    if restarts < 1 or (clusters is not None and clusters < 2):
+        raise UserError(f"--clusters {clusters} --restarts {restarts}: give at least 2 clusters and 1 start")
+    options |= {"clusters": clusters, "restarts": restarts}
     with asked.images(model) as (subject, source):
         found = (protocols.of_clustering(subject, source, t, layers=asked.blocks, **options) for t in asked.token)
         return [show(outcome, asked.out) for outcome in found]
@@ -117,7 +145,7 @@ def eval_cka(models: Sequence[str], asked: Asked, *, unbiased: bool) -> dict:
         with replace(asked, encoder=for_model(model, asked.encoder)).images(model) as (subject, source):
             for token, found in subject.features_of(source, asked.token, asked.blocks).items():
                 features[f"{subject.name}, {token}"] = found.x.to(subject.device)
-            mine = subject.about()
+            mine = subject.about() | {"model": subject.name}
             about = {key: [*about.get(key, []), mine[key]] for key in mine} | about_images(test=source)
     result = cka(features, unbiased=unbiased)
     about |= {"token": list(asked.token), "layers": asked.blocks}

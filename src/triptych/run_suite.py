@@ -50,9 +50,11 @@ def eval_all(
 
     A protocol that a set does not suit (too few images, say) is left out, and said to be.
     """
-    for file in (out, markdown):
-        if file is not None:
-            writable(file)
+    writable(out)
+    if markdown is not None:
+        if markdown.resolve() == out.resolve():
+            raise UserError(f"--markdown {markdown} is --out too: the one would overwrite the other")
+        writable(markdown, "--markdown")
     check_file_options(models, options)
     sets = [*map(_of_pair(plan), data), *map(_of_images(plan), episodes)]
     sets += [_of_retrieval(plan, images) for name in retrieval for images in open_retrieval(name)]
@@ -68,6 +70,9 @@ def eval_all(
             )
         for name, known, sources, jobs in sets:
             table = SideBySide(name, known)
+            if not any(jobs(subject) for subject in subjects.values()):
+                asked = ", ".join(plan.protocols)
+                raise UserError(f"--protocols {asked} measure nothing on {name}: add others, or leave the set out")
             for label, subject in subjects.items():
                 measure(table, label, subject, sources, jobs(subject), out)
             console.print(shown(table))
@@ -76,6 +81,8 @@ def eval_all(
             tables.append(table)
             if markdown is not None:  # after every set: what is stopped keeps what it has
                 markdown.write_text("\n".join(t.markdown() for t in tables))
+    if not any(table.rows for table in tables):
+        raise UserError("nothing could be measured; see above why")
     say(f"appended to {out}" + (f", tables in {markdown}" if markdown else ""))
     return tables
 
@@ -84,8 +91,12 @@ def measure(
     table: SideBySide, label: str, subject: Subject, sources: Sequence[Source], jobs: Sequence[Job], out: Path
 ) -> None:
     """Fill a column."""
-    for source in sources:
-        subject.features_of(source, subject.tokens())  # all that the jobs read, in one pass
+    try:
+        for source in sources:
+            subject.features_of(source, subject.tokens())
+    except UserError as error:
+        table.left_out.setdefault(str(error))
+        return
     for protocol, job in jobs:
         try:
             outcome = job()
@@ -102,7 +113,8 @@ def _with_untrained(models: Sequence[str], weights: Weights, untrained: bool) ->
     found: list[tuple[str, Weights]] = [(model, weights) for model in dict.fromkeys(models)]
     for model in dict.fromkeys(models):
         path = Path(model)
-        known = (path / "recipe.yaml").exists() or not path.exists()
+        of_run = (path / "recipe.yaml").exists() or (path.parent.parent / "recipe.yaml").exists()
+        known = of_run or not path.exists()
         if untrained and weights != "untrained" and known:
             found.append((model, "untrained"))
     return found
@@ -111,7 +123,7 @@ def _with_untrained(models: Sequence[str], weights: Weights, untrained: bool) ->
 def _of_pair(plan: Plan) -> Callable[[str], Measured]:
     def opened(data: str) -> Measured:
         pair = Pair(*labelled_pair(data, None))
-        return data, known_set(pair.test), [pair.train, pair.test], lambda subject: on_pair(subject, pair, plan)
+        return data, known_set(pair.test), plan.read(pair), lambda subject: on_pair(subject, pair, plan)
 
     return opened
 
@@ -121,7 +133,7 @@ def _of_images(plan: Plan) -> Callable[[str], Measured]:
         source = open_source(data)
         if not source.classes:
             raise UserError(f"{source.name} has no labels: put the images of each class in a sub-folder of its own")
-        return data, known_set(source), [source], lambda subject: on_images(subject, source, plan)
+        return data, known_set(source), [], lambda subject: on_images(subject, source, plan)
 
     return opened
 

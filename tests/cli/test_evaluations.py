@@ -1,6 +1,7 @@
 """Every evaluation of frozen encoders, from the command line: one contract, and what each adds."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +79,8 @@ def test_every_evaluation_has_a_command_and_a_page(name, capsys):
 
 @pytest.mark.parametrize("name", WORDS)
 def test_every_result_says_which_encoder_images_and_settings(name, here, capsys):
-    arch = ["--arch", "vit_tiny_patch16_224"] if "vit_tiny.pt" in WORDS[name] else []
-    main(["eval", *WORDS[name].split(), "--data", "data", *arch])
+    heads = ["--heads", "3"] if "vit_tiny.pt" in WORDS[name] else []
+    main(["eval", *WORDS[name].split(), "--data", "data", *heads])
     text = capsys.readouterr().out
     for line in lines():
         assert line["protocol"] == name
@@ -101,10 +102,13 @@ def test_presets_are_the_papers_and_exclude_what_they_say(here, capsys):
 
 
 def test_the_best_on_test_is_reported_only_where_asked_for_and_says_so(here, capsys):
-    main(["eval", "linear", "run", "--data", "data", "--preset", "ibot", "--epochs", "3"])
-    assert "held-out tenth of train" in capsys.readouterr().out
-    main(["eval", "linear", "run", "--data", "data", "--preset", "ibot", "--epochs", "3", "--select", "paper"])
-    assert "the paper's way" in capsys.readouterr().out
+    words = ["eval", "linear", "run", "--data", "data", "--preset", "ibot", "--epochs", "3"]
+    said = []
+    for more in ([], ["--select", "paper"]):
+        main([*words, *more])
+        said.append(" ".join(capsys.readouterr().out.replace("│", " ").split()))
+    assert "held-out tenth" in said[0]
+    assert "the paper's way" in said[1]
     honest, papers = lines()
     assert papers["top1"] == papers["best_epoch_top1"] == honest["best_epoch_top1"] >= honest["top1"]
 
@@ -173,10 +177,57 @@ def test_a_mistake_costs_no_work(here, capsys):
         "eval logistic run --data data --share 2": "share of labels is 2",
         "eval logistic run --data data --share 0.1 --draws 0": "0 draws",
         "eval cka run --data data": "compares two or more",
+        "eval knn run --data data --temperature nan": "temperature is nan",
+        "eval knn run --data data --k 0": "each >= 1",
+        "eval knn run --data data --size 0": "size",
+        "eval clustering run --data data --seed -1": "seed",
+        "eval logistic run --data data --labels nowhere.txt": "no such file",
+        "eval retrieval run --data data --scales nan": "at most 4",
+        "eval all run --data data --protocols retrieval": "measure nothing on data",
+        "eval all run --data data --markdown results.jsonl": "overwrite",
+        "eval all run --data data --markdown data": "--markdown data is a folder",
+        "eval finetune timm:vit_tiny_patch16_224 --data data": "starts from a run",
+        "eval copy run --data data": "has no folder original",
+        "embed run --data data --out f.npy --partial": "about bare files of weights",
+        "eval knn vit_tiny.pt --data data --arch vit_large_patch14_224": "width 1024",
         "eval retrieval run --data data --crop-queries": "no boxes",
     }
     for words, said in cases.items():
         assert said in refused(capsys, *words.split())
+
+
+def test_a_set_that_is_tested_on_itself_is_told(here, capsys):
+    main(["eval", "knn", "run", "--data", "data/train", "--test", "data/train", "--k", "1"])
+    assert "the same images" in " ".join(capsys.readouterr().out.split())
+    assert lines()[0]["top1"]["1"] == 100
+
+
+def test_every_line_says_of_which_set_of_queries_it_is(here):
+    images = sorted(str(p.relative_to("data")) for p in Path("data/train").rglob("*.*"))[:6]
+    truth = {"gallery": images[:4], "a_queries": [{"file": images[4], "positive": [0]}]}
+    truth["b_queries"] = [{"file": images[5], "positive": [1, 2]}, {"file": images[0], "positive": [0]}]
+    Path("data/truth.json").write_text(json.dumps(truth))
+    main(["eval", "retrieval", "run", "--data", "data/truth.json"])
+    one, two = lines()
+    assert one["set"] != two["set"]
+    assert one["queries"] != two["queries"]
+    assert (one["query_images"], two["query_images"]) == (1, 2)
+
+
+def test_revisited_sets_are_seen_as_the_preset_says_also_among_all_protocols(here, tmp_path):
+    folder = tmp_path / "roxford5k"
+    (folder / "jpg").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("a", "b", "q"):
+        Image.fromarray(rng.integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(folder / "jpg" / f"{name}.jpg")
+    gnd = [{"bbx": [0, 0, 50, 50], "easy": [0], "hard": [1], "junk": []}]
+    about = {"imlist": ["a", "b"], "qimlist": ["q"], "gnd": gnd}
+    (folder / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(about))
+    main(["eval", "all", "run", "--no-untrained", "--retrieval", str(folder), "--protocols", "retrieval"])
+    main(["eval", "retrieval", "run", "--data", str(folder), "--preset", "dino"])
+    among, alone = lines()
+    assert (among["shape"], among["size"], among["resize"]) == ("longest", 224, None)
+    assert among == alone
 
 
 def test_published_figures_are_percent_of_protocols_that_exist():

@@ -65,7 +65,8 @@ def test_timms_own_folder_loads_with_its_colours(tmp_path):
 
 def test_the_named_architecture_says_the_epsilon_of_timms_file(tmp_path):
     """CLIP's ViTs have 1e-5, which no name or shape shows."""
-    model = vit(embed_dim=256, num_heads=4, pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5))
+    sizes = {"embed_dim": 256, "num_heads": 4, "depth": 10, "patch_size": 16}
+    model = vit(**sizes, pre_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-5))
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     named = load_encoder(str(tmp_path / "w.safetensors"), arch="vit_xsmall_patch16_clip_224").encoder
     assert named.norm_eps == 1e-5
@@ -74,7 +75,7 @@ def test_the_named_architecture_says_the_epsilon_of_timms_file(tmp_path):
 
 
 def test_heads_come_from_the_named_architecture(tmp_path):
-    model = vit(embed_dim=192, num_heads=3)
+    model = vit(embed_dim=192, num_heads=3, depth=12, patch_size=16)
     torch.save(model.state_dict(), tmp_path / "w.pth")
     other = vit(embed_dim=192, num_heads=12)
     torch.save(other.state_dict(), tmp_path / "o.pth")
@@ -85,6 +86,9 @@ def test_heads_come_from_the_named_architecture(tmp_path):
         assert torch.equal(timm_tokens(by_name, IMAGES), other.forward_features(IMAGES))
         named = load_encoder(str(tmp_path / "w.pth"), arch="vit_tiny_patch16_224").encoder
         assert named.heads == 3
+    for arch, says in (("vit_small_patch16_224", "width 384"), ("vit_tiny_patch16_224", "depth 12")):
+        with pytest.raises(UserError, match=says):  # the other file has two blocks of patches of 8 px
+            load_encoder(str(tmp_path / "o.pth"), arch=arch)
 
 
 def test_a_dino_checkpoint_gives_its_teacher(tmp_path):

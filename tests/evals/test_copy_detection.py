@@ -78,7 +78,7 @@ def test_distractors_take_places_but_are_never_wanted():
     alone = copy_detection(originals, query, [of(0)])
     among = copy_detection(originals, query, [of(0)], distractors=ranked(3)[:2])
     assert (alone.mean_ap, among.mean_ap) == (100, pytest.approx(100 * (1 / 3) / 2))
-    assert (among.originals, among.distractors, among.copies) == (1, 2, 1)
+    assert (among.originals, among.distractor_images, among.copies) == (1, 2, 1)
 
 
 def test_cosines_are_those_of_whitened_features():

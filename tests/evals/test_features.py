@@ -300,7 +300,7 @@ def test_descriptors_of_several_scales_are_those_of_dino(golden):
     torch.testing.assert_close(
         multiscale(convolution, batch, g["scales"].tolist(), 1)["x"][:1], g["out"], rtol=0, atol=1e-6
     )
-    with pytest.raises(UserError, match="each > 0"):
+    with pytest.raises(UserError, match="each above 0"):
         multiscale(convolution, g["image"], (), 1)
 
 
@@ -374,3 +374,40 @@ def test_a_cache_file_says_what_it_holds(folder, tmp_path):
     key = json.loads(about["key"])
     assert about["source"] == str(folder)
     assert (key["token"], key["transform"]["size"], key["scales"]) == ("cls+gem", 16, [1.0])
+
+
+def test_encoders_that_differ_in_more_than_their_weights_do_not_share_features(folder, tmp_path):
+    """Their activation, say: timm has CLIP's ViTs twice, with the same weights."""
+    source = open_source(folder)
+    encoder = tiny_encoder(TokenSpec()).eval()
+    first, _ = cached(encoder, source, TRANSFORM, folder=tmp_path / "cache")
+    for block in encoder.vit.blocks:
+        block.mlp.act = torch.nn.ReLU()
+    again, _ = cached(encoder, source, TRANSFORM, folder=tmp_path / "cache")
+    assert not torch.allclose(first, again)
+
+
+def test_rows_of_all_tokens_are_of_the_same_images(folder, tmp_path):
+    """Also where an image could be read at one time and not at another."""
+    encoder, source = tiny_encoder(TokenSpec()).eval(), open_source(folder)
+    options = {"folder": tmp_path / "cache", "images": "the same, as far as anybody can tell"}
+    broken = next(folder.rglob("*.png"))
+    whole = broken.read_bytes()
+    broken.write_bytes(b"x" * len(whole))
+    short, kept = cached_all(encoder, source, TRANSFORM, ["cls"], **options)
+    assert len(kept) == 9
+    broken.write_bytes(whole)
+    both, indices = cached_all(encoder, source, TRANSFORM, ["patch_mean"], **options)
+    both, indices = cached_all(encoder, source, TRANSFORM, ["cls", "patch_mean"], **options)
+    assert len(indices) == len(both["cls"]) == len(both["patch_mean"]) == 10
+    assert len(short["cls"]) == 9
+
+
+def test_features_that_are_too_many_for_memory_are_put_down_in_a_file(folder, monkeypatch):
+    encoder, source = tiny_encoder(TokenSpec()).eval(), open_source(folder)
+    whole, _ = extract(encoder, source, TRANSFORM)
+    next(folder.rglob("*.png")).write_bytes(b"no image")
+    monkeypatch.setattr("triptych.evals.features.IN_MEMORY", 10)
+    rest, indices = extract(encoder, open_source(folder), TRANSFORM)
+    assert torch.equal(rest, whole[indices])
+    assert len(indices) == 9

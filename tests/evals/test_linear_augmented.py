@@ -131,7 +131,7 @@ def test_a_batch_comes_from_several_calls_of_the_encoder(encoder, sets, steps):
     assert Plan.of(replace(DINO, batch=7), 22, 16) == Plan(7, 1, 3, 2)
     run(encoder, sets, replace(DINO, batch=20))  # 16 at once on a CPU: two calls of 10
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("triptych.evals.linear_augmented.fast_batch", lambda _: 4)
+        patch.setattr("triptych.evals.linear_augmented.fast_batch", lambda *_: 4)
         run(encoder, sets, replace(DINO, batch=20))
     assert [len(x) for _, x, _, _ in steps] == [20] * 4
     for (_, x, y, factor), (_, x4, y4, factor4) in zip(steps[:2], steps[2:], strict=True):

@@ -244,7 +244,7 @@ MISTAKES = {
     "method": ("dino --data scenes:8", "this run (dino) has no pixel head"),
     "no run": ("vit_tiny_patch16_224 --data scenes:8", "is not a Triptych run"),
     "images": ("run --data scenes:8 --images 0", "at least one image"),
-    "seed": ("run --data scenes:8 --seed -1", "a seed of 0 or more"),
+    "seed": ("run --data scenes:8 --seed -1", "--seed"),
     "kind of picture": ("run --data scenes:8 --out picture.doc", "name a picture file"),
     "no such data": ("run --data nowhere", "'nowhere' is neither"),
 }

@@ -49,7 +49,7 @@ def test_tokens_are_those_that_all_encoders_have():
     udi, dino = loaded(tiny_encoder(TokenSpec(cls_plus=1))), loaded(tiny_encoder(TokenSpec()))
     assert Subject([udi]).tokens() == ["cls", "cls_plus", "patch_mean", "cls+patch_mean"]
     assert Subject([udi, dino]).tokens() == ["cls", "patch_mean", "cls+patch_mean"]
-    assert Subject([loaded(tiny_swin(TokenSpec(cls=0)))]).tokens() == ["cls", "patch_mean"]
+    assert Subject([loaded(tiny_swin(TokenSpec(cls=0)))]).tokens() == ["cls"]
     with pytest.raises(UserError, match="no class"):
         Subject([udi, dino]).check(["cls_plus"])
     with pytest.raises(UserError, match="2 blocks"):

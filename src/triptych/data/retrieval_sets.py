@@ -80,7 +80,7 @@ def revisited(file: Path, *, crop_queries: bool = False) -> RetrievalSet:
         raise
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(f"{file} is no ground truth of a revisited set: imlist, qimlist, gnd ({error!r})") from error
-    if len(wanted) != len(queries) or any(box.shape != (4,) for box in boxes):
+    if len(wanted) != len(queries) or any(box.shape != (4,) or not np.isfinite(box).all() for box in boxes):
         raise UserError(
             f"{file}: {len(queries)} queries, {len(wanted)} truths; each needs one, with a box of 4 numbers"
         )
@@ -274,8 +274,12 @@ def labelled(data: str | Path, queries: str | Path | None = None) -> RetrievalSe
             raise UserError(f"{source.name} has no labels: put the images of each class in a sub-folder of its own")
     if gallery.classes != asked.classes:
         raise UserError(f"{gallery.name} and {asked.name} do not have the same classes: labels would not fit")
-    labels = np.array([gallery.label(i) for i in range(len(gallery))])
-    of_class = [np.flatnonzero(labels == c) for c in range(len(gallery.classes or ()))]  # shared by its queries
-    asks = range(len(asked))
-    wanted = [Wanted(of_class[int(asked.label(i) or 0)], np.array([] if pair else [i], np.int64)) for i in asks]
+    labels, asked_for = ([source.label(i) for i in range(len(source))] for source in (gallery, asked))
+    if None in labels or None in asked_for:
+        raise UserError(f"some images of {gallery.name} or {asked.name} have no label: leave them out")
+    # Shared by the queries of a class.
+    of_class = [np.flatnonzero(np.array(labels) == c) for c in range(len(gallery.classes or ()))]
+    wanted = [
+        Wanted(of_class[int(label or 0)], np.array([] if pair else [i], np.int64)) for i, label in enumerate(asked_for)
+    ]
     return RetrievalSet(asked.name if pair else f"{asked.name} [leave one out]", gallery, asked, {"all": wanted})

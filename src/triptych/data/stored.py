@@ -22,6 +22,7 @@ class Stored:
     ) -> None:
         self.name, self.classes = name, classes
         self.open_store, self._positions, self._labels = store, positions, labels
+        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -48,8 +49,10 @@ class Stored:
         return self.open_store.keys[self._positions[index]]
 
     def fingerprint(self) -> str:
-        sizes = (self.open_store.size(position) for position in self._positions)
-        return digest(f"{self.key(i)}\0{self.label(i)}\0{size}" for i, size in enumerate(sizes))
+        if self._fingerprint is None:  # once: it asks for the size of every file
+            sizes = (self.open_store.size(position) for position in self._positions)
+            self._fingerprint = digest(f"{self.key(i)}\0{self.label(i)}\0{size}" for i, size in enumerate(sizes))
+        return self._fingerprint
 
 
 def reason(error: Exception) -> str:

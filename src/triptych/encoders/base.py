@@ -4,7 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,16 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def norm_eps(self) -> float:
         """ε of the layer norms."""
+
+    @property
+    @abstractmethod
+    def activation(self) -> str:
+        """Of the feed-forward layers."""
+
+    def beside_weights(self) -> dict[str, Any]:
+        """What decides the tokens beside the weights; values that JSON can hold."""
+        own = {"heads": self.heads, "norm_eps": self.norm_eps, "activation": self.activation}
+        return own | {"positions": self.positions, "roles": vars(self.spec)}
 
     @property
     @abstractmethod

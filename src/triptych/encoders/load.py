@@ -99,9 +99,10 @@ def load_method(model: str | Path, weights: Weights = "teacher") -> "tuple[Recip
     except (yaml.YAMLError, ValueError) as error:  # pydantic's and Unicode's errors are ValueErrors
         said = " ".join(str(error).split())
         raise UserError(f"{folder / 'recipe.yaml'} is no recipe of this version of Triptych: {said}") from error
-    if weights == "untrained":
-        return recipe, build_method(recipe), f"{path}"
-    method = build_method(recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"weights": None})}))
+    fresh = recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update={"weights": None})})
+    method = build_method(fresh)
+    if weights == "untrained":  # also of a run that started from another's weights
+        return recipe, method, f"{path}"
     steps = checkpoint.steps(folder / "checkpoints")
     if file is None and not steps:
         raise UserError(f"{folder} has no checkpoint yet")
@@ -118,6 +119,15 @@ def _of_run(model: Path, weights: Weights) -> Loaded:
 
 
 def _of_export(folder: Path) -> Loaded:
+    try:
+        return _read_export(folder)
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: JSON, safetensors, timm and torch each raise their own
+        raise UserError(f"{folder} is a damaged export ({type(error).__name__}: {error}): export it again") from error
+
+
+def _read_export(folder: Path) -> Loaded:
     about = json.loads((folder / "config.json").read_text())
     ours = about.get("triptych")
     if ours is None and "architecture" in about:

@@ -53,7 +53,13 @@ def encoder_of(
     options: dict[str, Any] = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if gated else {}
     eps = found.origin.norm_eps
     if arch:
-        named: Any = timm.create_model(arch, num_classes=0)
+        with torch.device("meta"):
+            named: Any = timm.create_model(arch, num_classes=0)
+        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+        meant = {"width": named.embed_dim, "depth": len(named.blocks), "patch": named.patch_embed.patch_size[0]}
+        for what, here in (("width", width), ("depth", depth), ("patch", patch)):
+            if meant[what] != here:
+                raise UserError(f"--arch {arch}: it has {what} {meant[what]}, {file} has {here}")
         heads = heads or int(named.blocks[0].attn.num_heads)
         eps = named.blocks[0].norm1.eps if found.origin.key == "timm" else eps
     try:
@@ -109,7 +115,7 @@ def load_weights(encoder: ViT, source: ViT, file: str, *, same_heads: bool) -> N
     for what in ("heads", "depth", "width") if same_heads else ("depth", "width"):
         found, here = getattr(source, what), getattr(encoder, what)
         if found != here:
-            raise UserError(f"{file} does not fit the encoder: its {what} is {found}, the encoder's {here}")
+            raise UserError(f"{file} does not fit the encoder: it has {what} {found}, the encoder {here}")
     found, here = (e.spec.register + e.spec.cls_plus for e in (source, encoder))
     if found not in (0, here):
         raise UserError(f"{file} has {found} registers (class+ counts as one), the encoder {here}: --encoder.registers")

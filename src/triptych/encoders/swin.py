@@ -96,6 +96,10 @@ class Swin(Encoder):
         return cast(nn.LayerNorm, self.swin.norm).eps
 
     @property
+    def activation(self) -> str:
+        return type(cast(SwinTransformerBlock, self.block_parts()[0][-1]).mlp.act).__name__
+
+    @property
     def positions(self) -> str:
         """What, beside weights and heads, decides the tokens of an image: part of the key of cached features."""
         blocks = [(b.window_size, b.shift_size) for stage in self.stages for b in _blocks(stage)]

@@ -96,6 +96,10 @@ class ViT(Encoder):
         return cast(nn.LayerNorm, self.blocks[0].norm1).eps
 
     @property
+    def activation(self) -> str:
+        return type(self.blocks[0].mlp.act).__name__
+
+    @property
     def prefix(self) -> int:
         """Tokens before the patches: class, class+, registers."""
         return self.spec.cls + self.spec.cls_plus + self.spec.register

@@ -37,7 +37,10 @@ def cka(features: Mapping[str, Tensor], *, unbiased: bool = False) -> CKAResult:
     """
     shapes, needed = {name: tuple(x.shape) for name, x in features.items()}, 4 if unbiased else 2
     if len(shapes) < 2 or any(len(shape) != 2 for shape in shapes.values()):
-        raise UserError(f"CKA compares two or more features, each (images, width); given: {shapes}")
+        given = "; ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise UserError(
+            f"CKA compares two or more features, each (images, width): more tokens or models; given {given}"
+        )
     if len({images for images, _ in shapes.values()}) > 1:
         raise UserError(f"CKA compares features of the same images; given: {shapes}")
     images = next(iter(shapes.values()))[0]

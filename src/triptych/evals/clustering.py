@@ -4,7 +4,6 @@ k-means as the unsupervised-classification papers measure it; the four numbers a
 evaluation/unsupervised/unsup_cls.py.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from triptych.errors import UserError
+from triptych.evals.lowshot import student_t_95
 from triptych.losses import unit
 from triptych.progress import progress
 
@@ -46,7 +46,7 @@ class ClusteringResult:
     metrics: ClusterMetrics
     shuffled: ClusterMetrics  # the same clusters when the labels are shuffled: what chance gives
     mean: dict[str, float]
-    margin: dict[str, float] | None
+    margin: dict[str, float | None]
     asked_clusters: int
     inertia: float  # mean squared distance of an image of unit length to its cluster's centre, 0 to 1
     restarts: int
@@ -79,7 +79,7 @@ def clustering(
         metrics=each[best],
         shuffled=_metrics(shuffled(truth, seed), found[best][1]),
         mean={name: float(np.mean(values)) for name, values in columns.items()},
-        margin={name: _margin(values) for name, values in columns.items()} if restarts > 1 else None,
+        margin={name: student_t_95(values) for name, values in columns.items()},
         asked_clusters=clusters,
         inertia=found[best][0] / len(points),
         restarts=restarts,
@@ -146,13 +146,6 @@ def _k_means(points: np.ndarray, clusters: int, seed: int, exact: bool) -> tuple
     model: Any = KMeans(**options) if exact else MiniBatchKMeans(**options, batch_size=max(4096, 2 * clusters))
     model.fit(points)
     return float(model.inertia_), model.labels_
-
-
-def _margin(values: Sequence[float]) -> float:
-    """Half of the 95 % confidence interval of the mean."""
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
 
 
 def _labels(name: str, ids: Tensor, images: int) -> np.ndarray:

@@ -19,8 +19,6 @@ from triptych.evals.neighbours import index, nearest
 from triptych.evals.retrieval import average_precision, bootstrap_interval, check_features
 
 SIZE, TOKEN, TOP = 320, "cls+gem", 20
-WHITENING_IMAGES = 20_000
-"""DINO learns the whitening from so many images (of YFCC100M)."""
 PREFIX = 4
 """Characters that the names of an original and its copies share: 200000.jpg, 200001.jpg ..."""
 
@@ -35,7 +33,7 @@ class CopyDetectionResult:
     skipped: int
     copies: int
     originals: int
-    distractors: int
+    distractor_images: int
     whitening_images: int  # 0 = not whitened
     top: int
 
@@ -88,7 +86,7 @@ def copy_detection(
         skipped=len(ap) - len(kept),
         copies=len(copies),
         originals=len(originals),
-        distractors=len(database) - len(originals),
+        distractor_images=len(database) - len(originals),
         whitening_images=0 if whiten_on is None else len(whiten_on),
         top=top,
     )
@@ -114,6 +112,10 @@ def copydays(folder: str | Path, attack: str = "strong", originals: str = "origi
     characters are the same.  Raises UserError where several originals are called alike.
     """
     folder = Path(folder).expanduser()
+    for part in (originals, attack):
+        if not (folder / part).is_dir():
+            there = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) if folder.is_dir() else ""
+            raise UserError(f"{folder} has no folder {part}; there are {there or 'none'}")
     gallery, queries = (open_source(folder / part) for part in (originals, attack))
     names, asked = ([Path(s.key(i)).stem for i in range(len(s))] for s in (gallery, queries))
     length = None if set(asked) <= set(names) else PREFIX

@@ -22,12 +22,15 @@ from triptych.encoders import Encoder
 from triptych.errors import UserError
 from triptych.evals.frozen import fast_batch, frozen
 from triptych.evals.selection import Token, select_all
+from triptych.evals.spill import on_disk
 from triptych.evals.transform import EvalTransform, grouped_batches
 from triptych.losses import unit
 from triptych.precision import fast_precision
 from triptych.progress import progress
 
 T = TypeVar("T")
+IN_MEMORY = 2**26
+"""Numbers of a token's features, 256 MiB, above which they are put down in a file as they come."""
 HASHED = 1000
 """Images of a source whose bytes are part of the key of its cached features: all of a small one, else a sample."""
 
@@ -86,11 +89,25 @@ def extract_all(
         ):
             for token, x in part.items():
                 if token not in found:
-                    found[token] = torch.empty(len(source), x.shape[1])
+                    found[token] = _room(len(source), x.shape[1])
                 found[token][index] = x.to("cpu", torch.float32)
             read += index
     indices = torch.tensor(sorted(read))
-    return {t: x if len(indices) == len(x) else x[indices] for t, x in found.items()}, indices
+    return {token: _rows(x, indices) for token, x in found.items()}, indices
+
+
+def _room(rows: int, width: int) -> Tensor:
+    """(rows, width) float32: in memory, or in a file of which the system keeps there what it has room for."""
+    return torch.empty(rows, width) if rows * width <= IN_MEMORY else on_disk(rows, width)
+
+
+def _rows(x: Tensor, indices: Tensor) -> Tensor:
+    """Only these rows, which are ascending: moved up, without another copy of all."""
+    at = 0
+    for part in indices.split(2**16) if len(indices) < len(x) else ():
+        x[at : at + len(part)] = x[part]
+        at += len(part)
+    return x[: len(indices)]
 
 
 def multiscale(
@@ -101,10 +118,15 @@ def multiscale(
     The descriptor of DINO's retrieval (utils.py:815, which divides by the norm of the whole batch and so wants one
     image at a time).  Bilinear, not anti-aliased, on normalised pixels.  patch: sides are cut to multiples of it.
     """
-    if not scales or min(scales) <= 0:
-        raise UserError(f"scales {scales}: give at least one, each > 0 (DINO: 1, 0.7071 and 0.5)")
+    if not scales or not all(0 < scale <= 4 for scale in scales):
+        raise UserError(f"scales {scales}: give at least one, each above 0 and at most 4 (DINO: 1, 0.7071 and 0.5)")
     total: dict[Token, Tensor] = {}
     for scale in scales:
+        if min(images.shape[-2:]) * scale < patch:
+            height, width = images.shape[-2:]
+            raise UserError(
+                f"scale {scale:g}: an image of {height} x {width} px becomes smaller than a patch ({patch} px)"
+            )
         resized = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear")
         for token, x in describe(whole_patches(resized, patch)).items():
             total[token] = total[token] + x.float() if token in total else x.float()
@@ -138,9 +160,9 @@ def labels_of(source: Source, indices: Tensor) -> Tensor:
     return torch.tensor(labels)
 
 
-def weights_hash(encoder: Encoder) -> str:
-    """16 hex digits over names, shapes and values of the encoder's weights."""
-    digest = hashlib.sha256()
+def encoder_hash(encoder: Encoder) -> str:
+    """16 hex digits over the encoder's weights (names, shapes, values) and what decides its tokens beside them."""
+    digest = hashlib.sha256(json.dumps(encoder.beside_weights(), sort_keys=True).encode())
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -181,6 +203,8 @@ def cached_all(
     tokens: Sequence[Token],
     *,
     folder: Path | None = None,
+    weights: str | None = None,
+    images: str | None = None,
     layers: int = 1,
     scales: tuple[float, ...] = (1.0,),
     device: torch.device | str = "cpu",
@@ -189,17 +213,13 @@ def cached_all(
 ) -> tuple[dict[Token, Tensor], Tensor]:
     """`extract_all`, read from the cache where the same encoder, images and options were extracted before.
 
-    The key holds a hash of the weights and the `content_hash` of the images.  Files are called TOKEN-HASH; what was
-    hashed is the file's metadata "key", in JSON, beside "source", the name that the images had.
+    The key holds the `encoder_hash` of the encoder and the `content_hash` of the images, which who has them already may
+    give as weights and images.  Files are called TOKEN-HASH; what was hashed is the file's metadata "key", in JSON,
+    beside "source", the name that the images had.
     """
     precision = precision or fast_precision(device)
-    about = {
-        "triptych": __version__,
-        "weights": weights_hash(encoder),
-        "heads": encoder.heads,
-        "norm_eps": encoder.norm_eps,
-    }
-    about |= {"spec": vars(encoder.spec), "positions": encoder.positions, "images": content_hash(source)}
+    about = {"triptych": __version__, "encoder": weights or encoder_hash(encoder)}
+    about |= {"images": images or content_hash(source)}
     about |= {"transform": vars(transform), "layers": layers, "scales": scales, "precision": str(precision)}
     folder = folder or cache_folder("features")
     keys = {token: json.dumps({"token": token, **about}) for token in tokens}
@@ -207,6 +227,8 @@ def cached_all(
     paths = {token: folder / f"{token}-{of}.safetensors" for token, of in hashes.items()}
     stored = {token: load_file(path) for token, path in paths.items() if path.exists()}
     missing: list[Token] = [token for token in tokens if token not in stored]
+    if len({repr(of["indices"].tolist()) for of in stored.values()}) > 1:
+        missing = list(tokens)  # an image was read at one time and not at another: rows must be of the same images
     if missing:
         options |= {"layers": layers, "scales": scales, "device": device, "precision": precision}
         features, indices = extract_all(encoder, source, transform, missing, **options)
@@ -216,4 +238,5 @@ def cached_all(
             part = paths[token].with_suffix(f".{os.getpid()}.part")
             save_file(stored[token], part, {"key": keys[token], "source": source.name})
             part.replace(paths[token])
-    return {token: stored[token]["features"] for token in tokens}, stored[tokens[0]]["indices"]
+    first = stored[tokens[0]]["indices"]
+    return {token: stored[token]["features"] for token in tokens}, first

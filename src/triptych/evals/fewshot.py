@@ -71,7 +71,8 @@ def few_shot(
     shots, queries or episodes < 1 (2 for an interval), thresholds outside -1 ... 1, an unknown averaging.
     """
     check_sets(features, labels, features, labels)
-    _check(ways, shots, queries, episodes, thresholds, averaging)
+    check_episodes(ways, shots, queries, episodes)
+    _check(thresholds, averaging)
     order = labels.cpu().sort(stable=True).indices
     counts = labels.cpu().unique(return_counts=True)[1]
     large = counts >= shots + queries
@@ -156,12 +157,16 @@ def _episodes(
         yield order[starts[classes][..., None] + ticket.topk(images).indices]
 
 
-def _check(ways: int, shots: int, queries: int, episodes: int, thresholds: Sequence[float], averaging: str) -> None:
+def check_episodes(ways: int, shots: int, queries: int, episodes: int) -> None:
+    """Raises UserError for what no set of images could make right."""
     if ways < 2 or shots < 1 or queries < 1 or episodes < 2:
         raise UserError(
             f"{episodes} episodes of {ways} ways, {shots} shots and {queries} queries: "
             "give at least 2 episodes, 2 ways, 1 shot and 1 query"
         )
+
+
+def _check(thresholds: Sequence[float], averaging: str) -> None:
     if not thresholds or not all(-1 <= theta <= 1 for theta in thresholds):
         raise UserError(f"thresholds are {list(thresholds)}; give at least one cosine, each from -1 to 1")
     if averaging not in ("pairs", "episodes"):

@@ -3,6 +3,7 @@
 Works on features that are already extracted; see `linear` for the probe that learns a classifier on the same tensors.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -164,14 +165,19 @@ def label_rank(scores: Tensor, labels: Tensor) -> Tensor:
     return scores.shape[-1] - not_ahead.sum(-1)
 
 
+def check_votes(k: Sequence[int] | None, temperature: float) -> None:
+    """Raises UserError for what no set of images could make right."""
+    if not 0 < temperature < math.inf:
+        raise UserError(f"the k-NN temperature is {temperature}; it must be > 0 (the papers use 0.07)")
+    if k is not None and (not k or min(k) < 1):
+        raise UserError(f"k is {list(k)}; give at least one k, each >= 1")
+
+
 def _checked_ks(k: Sequence[int] | None, bank: int, temperature: float) -> list[int]:
     """The sorted, distinct k to compute."""
-    if temperature <= 0:
-        raise UserError(f"the k-NN temperature is {temperature}; it must be > 0 (the papers use 0.07)")
+    check_votes(k, temperature)
     if k is None:
         return [size for size in DEFAULT_K if size <= bank] or [bank]
-    if not k or min(k) < 1:
-        raise UserError(f"k is {list(k)}; give at least one k, each >= 1")
     if max(k) > bank:
         raise UserError(f"k = {max(k)} neighbours asked of {bank} train images; use k <= {bank} or more train images")
     return sorted(set(k))

@@ -73,7 +73,7 @@ def linear_augmented(
     chosen = changed(preset_of(preset), epochs=epochs, batch=batch, lrs=lrs, norm=norm)
     device = torch.device(device)
     usual = chosen.features(encoder)
-    form = {"token": token or usual[0], "layers": layers or (1 if token else usual[1])}
+    form = {"token": token or usual[0], "layers": (1 if token else usual[1]) if layers is None else layers}
     precision = precision or fast_precision(device)
     check_token(encoder, form["token"])
     labels = labels_of(train, torch.arange(len(train)))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -65,7 +66,7 @@ def of_linear(
     """token, layers: None = the preset's.  settings: as of `linear`.  augmented: `linear_augmented`, of one encoder."""
     probe = preset_of(preset or "sweep")
     usual = probe.features(subject.models[0].encoder)
-    form = {"token": token or usual[0], "layers": layers or (1 if token else usual[1])}
+    form = {"token": token or usual[0], "layers": (1 if token else usual[1]) if layers is None else layers}
     if augmented:
         if len(subject.models) > 1:
             raise UserError("the probe on augmented images takes one encoder: leave out --with")
@@ -102,6 +103,12 @@ class Labels:
     def __post_init__(self) -> None:
         if sum(x is not None for x in (self.share, self.per_class, self.file)) != 1:
             raise UserError("which images carry a label: give a share, a number per class, or a file, and one of them")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise UserError(f"the share of labels is {self.share}; it must be above 0 and at most 1 (0.01 is 1 %)")
+        if self.per_class is not None and self.per_class < 1:
+            raise UserError(f"{self.per_class} labels a class: give at least 1")
+        if self.file is not None and not Path(self.file).is_file():
+            raise UserError(f"--labels {self.file}: no such file; give a text file of one image name per line")
         if self.draws < 1:
             raise UserError(f"{self.draws} draws of labelled images: give at least 1")
 
@@ -117,7 +124,7 @@ class Labels:
         """Rows of the features of these images."""
         if self.file is not None:
             return [from_file(self.file, [source.key(i) for i in indices.tolist()])]
-        seeds = range(seed, seed + self.draws)
+        seeds = range(seed, seed + (1 if self.share == 1 else self.draws))  # all labels can be drawn in one way
         return [chosen(labels, share=self.share, per_class=self.per_class, seed=s) for s in seeds]
 
 
@@ -200,7 +207,8 @@ def of_clustering(
     figures = []
     for measure, (name, scale) in scales.items():
         value, chance = (scale * getattr(m, measure) for m in (result.metrics, result.shuffled))
-        spread = "" if result.margin is None else f" ± {scale * result.margin[measure]:.2f}"
+        margin = result.margin[measure]
+        spread = "" if margin is None else f" ± {scale * margin:.2f}"
         detail = f"mean of all starts {scale * result.mean[measure]:.2f}{spread}, labels shuffled {chance:.2f}"
         note = f"{result.asked_clusters} clusters, the best of {restarts} starts by inertia"
         figures.append(Figure(name, value, None, note, detail, main=measure in ("accuracy", "nmi")))

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from triptych.data.retrieval_sets import Truth, Wanted
 from triptych.errors import UserError
-from triptych.evals.selection import Token
 from triptych.losses import unit
 from triptych.progress import progress
 
@@ -26,8 +25,6 @@ class RetrievalSettings:
 
     size: int  # pixels of the longest side: EvalTransform's shape "longest"
     scales: tuple[float, ...] = (1.0,)  # as of `extract_all`
-    token: Token = "cls"
-    crop_queries: bool = False  # False: DINO and iBOT; True: the benchmark's own rule
 
 
 THREE_SCALES = (1.0, 0.5**0.5, 0.5)
@@ -58,7 +55,7 @@ class RetrievalResult:
 
     scores: dict[str, Scores]
     gallery_images: int
-    queries: int
+    query_images: int
 
 
 @torch.no_grad()

@@ -31,14 +31,18 @@ def of_retrieval(
     gallery, queries = (f.x.to(subject.device) for f in found)
     result = retrieval(gallery, queries, truth, seed=seed)
     about = subject.about(**form) | about_images(gallery=images.gallery, queries=images.queries)
-    about |= {"token": token, "layers": layers, "scales": scales, "seed": seed}
+    about |= {"token": token, "layers": layers, "scales": scales, "seed": seed, "set": images.name}
+    seen = "centre crop" if size is None else f"longest side {size} px"
+    seen += "" if len(scales) == 1 else f", {len(scales)} scales"
     figures = []
     for level, scores in result.scores.items():
         of = "" if level == "all" else f" {level}"
         low, high = scores.interval
-        note = f"{result.queries} queries, {result.gallery_images} images"
+        note = f"{result.query_images} queries, {result.gallery_images} images; {seen}"
         note += f"; {scores.skipped} queries without positives" if scores.skipped else ""
-        figures.append(Figure(f"mAP{of}, %", scores.mean_ap, (high - low) / 2, note, f"95 % {low:.2f} to {high:.2f}"))
+        several = len(scores.ap) - scores.skipped > 1
+        margin, detail = ((high - low) / 2, f"95 % {low:.2f} to {high:.2f}") if several else (None, "one query")
+        figures.append(Figure(f"mAP{of}, %", scores.mean_ap, margin, note, detail))
         figures += [Figure(f"mP@{k}{of}, %", value, main=False) for k, value in scores.precision_at.items()]
     return Outcome("retrieval", on_text(token, layers), about, result, figures)
 
@@ -65,8 +69,9 @@ def of_copy_detection(
     options = {"distractors": x.get("distractors"), "whiten_on": x.get("whitening"), "seed": seed}
     result = copy_detection(x["gallery"], x["queries"], wanted, **options)
     about = subject.about(**form) | about_images(**given) | {"token": token, "layers": layers, "seed": seed}
+    about |= {"set": images.name}
     low, high = result.interval
     white = f"whitened on {result.whitening_images} images" if result.whitening_images else "not whitened"
-    note = f"{result.copies} copies, {result.distractors} distractors, {white}"
+    note = f"{result.copies - result.skipped} copies with an original, {result.distractor_images} distractors, {white}"
     figures = [Figure(f"mAP {attack}, %", result.mean_ap, (high - low) / 2, note, f"95 % {low:.2f} to {high:.2f}")]
     return Outcome("copy", on_text(token, layers), about, result, figures)

@@ -12,7 +12,7 @@ from triptych.data.sources import Source
 from triptych.encoders.load import Loaded
 from triptych.errors import UserError
 from triptych.evals.ensemble import concatenated
-from triptych.evals.features import cached_all, labels_of, weights_hash
+from triptych.evals.features import cached_all, content_hash, encoder_hash, labels_of
 from triptych.evals.selection import Token, check_token
 from triptych.evals.transform import EvalTransform
 from triptych.precision import fast_precision
@@ -45,7 +45,9 @@ class Subject:
     ):
         self.models, self.device, self.folder, self.say = list(models), torch.device(device), folder, say
         self.precision = fast_precision(self.device)
-        self.transforms = [EvalTransform.of(size or m.size, m.mean, m.std) for m in models]
+        self.transforms = [EvalTransform.of(m.size if size is None else size, m.mean, m.std) for m in models]
+        self.hashes = [encoder_hash(m.encoder) for m in models]  # once: of a large encoder it takes a second
+        self._images: dict[int, tuple[Source, str]] = {}  # by identity, with the source, so that it stays that one's
         self._told: set[str] = set()
         for loaded, transform in zip(models, self.transforms, strict=True):
             loaded.encoder.grid(transform.size, transform.size)
@@ -59,21 +61,28 @@ class Subject:
         transforms = [replace(t, **form) for t in self.transforms]
         each = {
             "model": [m.name for m in self.models],
-            "encoder": [weights_hash(m.encoder) for m in self.models],
+            "encoder": self.hashes,
             "heads": [m.encoder.heads for m in self.models],
+            "positions": [m.encoder.positions for m in self.models],
             "size": [t.size for t in transforms],
-            "resize": [t.resize for t in transforms],
+            "resize": [t.resize if t.shape == "crop" else None for t in transforms],
             "shape": [t.shape for t in transforms],
             "interpolation": [t.interpolation for t in transforms],
         }
+        random = [name for m in self.models if m.report is not None for name in m.report.missing]
         found = {key: values[0] if len(values) == 1 else values for key, values in each.items()}
-        return found | {"precision": str(self.precision).removeprefix("torch.")}
+        return (
+            found
+            | {"precision": str(self.precision).removeprefix("torch.")}
+            | ({"random_weights": random} if random else {})
+        )
 
     def tokens(self) -> list[Token]:
-        """Those that every one of the encoders has."""
+        """Those that every one of the encoders has, and that are not the same."""
         spec = [m.encoder.spec for m in self.models]
         plus = ["cls_plus"] if all(s.cls_plus for s in spec) else []
-        return ["cls", *plus, "patch_mean", *(["cls+patch_mean"] if all(s.cls for s in spec) else [])]
+        # Without a class token "cls" is the mean patch.
+        return ["cls", *plus, *(["patch_mean", "cls+patch_mean"] if all(s.cls for s in spec) else [])]
 
     def check(self, tokens: Sequence[Token], layers: int = 1) -> None:
         """Raises UserError for a token or layers that an encoder does not have: now, not after another's work."""
@@ -102,10 +111,11 @@ class Subject:
         of unit length, side by side.
         """
         options: dict[str, Any] = {"layers": layers, "device": self.device, "precision": self.precision}
-        options |= {"folder": self.folder, "scales": scales}
+        options |= {"folder": self.folder, "scales": scales, "images": self._hash_of(source)}
         parts: dict[Token, list[Tensor]] = {token: [] for token in tokens}
         indices = torch.empty(0, dtype=torch.int64)
-        for loaded, transform in zip(self.models, self.transforms, strict=True):
+        for loaded, transform, weights in zip(self.models, self.transforms, self.hashes, strict=True):
+            options |= {"weights": weights}
             found, indices = cached_all(loaded.encoder, source, replace(transform, **form), tokens, **options)
             for token in tokens:
                 parts[token].append(found[token])
@@ -114,6 +124,12 @@ class Subject:
         labels = labels_of(source, indices) if source.classes else None
         one = len(self.models) == 1
         return {t: Features(x[0] if one else concatenated(x), labels, indices) for t, x in parts.items()}
+
+    def _hash_of(self, source: Source) -> str:
+        """Its content's: read once, not at every protocol."""
+        if id(source) not in self._images:
+            self._images[id(source)] = source, content_hash(source)
+        return self._images[id(source)][1]
 
     def _tell_unreadable(self, source: Source, read: int) -> None:
         if read < len(source) and source.name not in self._told:

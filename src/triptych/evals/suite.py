@@ -14,6 +14,7 @@ from triptych.evals.linear_presets import PRESETS as LINEAR
 from triptych.evals.logistic import SETTINGS as LOGISTIC
 from triptych.evals.outcome import Outcome
 from triptych.evals.protocols import Pair
+from triptych.evals.retrieval import PRESETS as RETRIEVAL
 from triptych.evals.retrieval_protocols import of_retrieval
 from triptych.evals.subject import Subject
 
@@ -38,6 +39,12 @@ class Plan:
 
         if self.preset is not None and self.preset not in PAPERS:
             raise UserError(f"no preset {self.preset!r}{nearest(self.preset, PAPERS)}; there are {', '.join(PAPERS)}")
+
+    def read(self, pair: Pair) -> list[Source]:
+        """Of which of these images several protocols read all tokens: these are extracted in one pass."""
+        if "knn" in self.protocols:
+            return [pair.train, pair.test]
+        return [pair.test] if "cka" in self.protocols else []
 
     def of(self, presets: Mapping[str, Any]) -> str | None:
         """The preset, where a protocol has it."""
@@ -68,12 +75,14 @@ def on_images(subject: Subject, source: Source, plan: Plan) -> list[Job]:
         jobs.append(("fewshot", partial(of.of_few_shot, subject, source, seed=plan.seed)))
     if "clustering" in plan.protocols:
         jobs.append(("clustering", partial(of.of_clustering, subject, source, seed=plan.seed)))
-    if "cka" in plan.protocols:
+    if "cka" in plan.protocols and len(subject.tokens()) > 1:
         jobs.append(("cka", partial(of.of_cka, subject, source)))
     return jobs
 
 
 def on_retrieval(subject: Subject, images: RetrievalSet, plan: Plan) -> list[Job]:
-    """On a set with its own ground truth."""
-    jobs = partial(of_retrieval, subject, images, seed=plan.seed)
-    return [("retrieval", jobs)] if "retrieval" in plan.protocols else []
+    """On a set with its own ground truth: revisited sets as the preset's paper describes them, or as DINO does."""
+    chosen = RETRIEVAL.get(plan.preset or "", RETRIEVAL["dino"]).get(images.name)
+    form = {} if chosen is None else {"size": chosen.size, "scales": chosen.scales}
+    job = partial(of_retrieval, subject, images, seed=plan.seed, **form)
+    return [("retrieval", job)] if "retrieval" in plan.protocols else []
