@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from triptych import __version__
-from triptych.cli_eval import Blocks, Model, Pixels, evaluate
+from triptych.cli_eval import Count, Model, Pixels, Weights, evaluate
 from triptych.errors import Interrupted, NonFinite, UserError
 
 app = App(
@@ -20,6 +20,7 @@ app.command(evaluate)
 for more in ("triptych.cli_eval_runs", "triptych.cli_eval_sets"):  # their commands register themselves
     import_module(more)
 
+DEFAULT = Weights()
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 
 
@@ -194,14 +195,10 @@ def embed(
     data: str,
     out: Path,
     token: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
-    layers: Blocks = 1,
+    layers: Count = 1,
     size: Pixels = None,
-    weights: Literal["teacher", "student", "untrained"] = "teacher",
-    arch: str | None = None,
-    heads: Pixels = None,
-    origin: str | None = None,
-    partial: Annotated[bool, Parameter(negative="")] = False,
     half: Annotated[bool, Parameter(negative="")] = False,
+    options: Weights = DEFAULT,
 ) -> None:
     """Write the features of every image to a file.  The same command goes on with what was stopped.
 
@@ -217,24 +214,12 @@ def embed(
         Class tokens of so many last blocks, concatenated.
     size
         Pixels of the images.  Default: what the encoder was trained on.
-    weights
-        Of a run: the teacher, the student, or before training.
-    arch
-        timm name of the architecture of a bare file of weights, which leaves the number of heads open.
-    heads
-        That number itself, of an architecture that timm does not name.
-    origin
-        Whose a bare file of weights is, where its names do not tell; see docs/encoders.md.
-    partial
-        Of a bare file of weights take what fits, and leave the rest random.
     half
         float16 numbers instead of float32.
     """
     from triptych import run_embed
 
-    options = {"layers": layers, "size": size, "weights": weights, "half": half}
-    options |= {"arch": arch, "heads": heads, "origin": origin, "partial": partial}
-    run_embed.run(model, data, out, token=token or ["cls"], **options)
+    run_embed.run(model, data, out, token=token or ["cls"], layers=layers, size=size, half=half, **vars(options))
 
 
 def main(arguments: list[str] | None = None) -> None:

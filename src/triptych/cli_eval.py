@@ -13,7 +13,7 @@ evaluate = App(name="eval", help="Measure a frozen encoder on labelled images.")
 
 Seed = Annotated[int, Parameter(validator=validators.Number(gte=0))]
 Pixels = Annotated[int | None, Parameter(validator=validators.Number(gte=1))]
-Blocks = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 Model = Annotated[str, Parameter(help="A run's folder, an export, a file of weights or a timm name.")]
 MODELS = Parameter(help="Runs' folders, exports, files of weights or timm names.")
 
@@ -46,8 +46,8 @@ class Measured:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Encoder:
-    """Which encoder, and where its results go.
+class Weights:
+    """Which weights of a model, and what a bare file of them leaves open.
 
     Parameters
     ----------
@@ -61,17 +61,28 @@ class Encoder:
         Whose a bare file of weights is, where its names do not tell; see docs/encoders.md.
     partial
         Of a bare file of weights take what fits, and leave the rest random.
+    """
+
+    weights: Literal["teacher", "student", "untrained"] = "teacher"
+    arch: str | None = None
+    heads: Count | None = None
+    origin: str | None = None
+    partial: Annotated[bool, Parameter(negative="")] = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Encoder(Weights):
+    """Which encoder, and where its results go.
+
+    Parameters
+    ----------
     cache
         Keep and reuse extracted features under ~/.cache/triptych (or $TRIPTYCH_CACHE).
     out
         File that results are appended to as JSON lines.
     """
 
-    weights: Literal["teacher", "student", "untrained"] = "teacher"
-    arch: str | None = None
-    heads: Pixels = None
-    origin: str | None = None
-    partial: Annotated[bool, Parameter(negative="")] = False
     cache: bool = True
     out: Path = Path("results.jsonl")
 
@@ -107,7 +118,7 @@ class Frozen(Encoder):
     test: str | None = None
     size: Pixels = None
     token: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None
-    layers: Blocks | None = None
+    layers: Count | None = None
     more: Annotated[list[str] | None, Parameter(name="--with", consume_multiple=True, negative="")] = None
 
     def asked(self, *default: str) -> "Asked":

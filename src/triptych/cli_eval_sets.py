@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from triptych.cli_eval import MODELS, Blocks, Encoder, Model, Pixels, Seed, evaluate
+from triptych.cli_eval import MODELS, Count, Encoder, Model, Pixels, Seed, evaluate
 
 DEFAULT = Encoder()
 
@@ -21,7 +21,7 @@ def eval_retrieval(
     size: Pixels = None,
     scales: Annotated[list[float] | None, Parameter(consume_multiple=True, negative="")] = None,
     token: str = "cls",
-    layers: Blocks = 1,
+    layers: Count = 1,
     seed: Seed = 0,
     options: Encoder = DEFAULT,
 ) -> None:
@@ -62,7 +62,7 @@ def eval_copy(
     whiten_on: str | None = None,
     size: Pixels = 320,
     token: str = "cls+gem",
-    layers: Blocks = 1,
+    layers: Count = 1,
     seed: Seed = 0,
     options: Encoder = DEFAULT,
 ) -> None:

@@ -12,6 +12,7 @@ from triptych.evals import EVALS
 from triptych.evaluation import console, writable
 from triptych.methods import METHODS
 from triptych.recipes import RECIPES
+from triptych.run_folder import slug
 from triptych.settings import flat, parse_overrides, resolve
 
 
@@ -58,7 +59,7 @@ def train(
     distributed.start()
     try:
         source = distributed.first_process_first(lambda: open_source(data))  # it may download
-        out = out or Path("runs") / f"{resolved.name}-{_slug(data)}"
+        out = out or Path("runs") / f"{resolved.name}-{_run_name(data)}"
         result = loop.train(resolved, source, out, console)
         main = distributed.is_main()
     finally:
@@ -96,14 +97,14 @@ def cost(recipe: str, config: Path | None, overrides: list[str], size: int | Non
         console.print(f"- {note}", highlight=False)
 
 
-def _slug(data: str) -> str:
+def _run_name(data: str) -> str:
     path = Path(data)
     name = (
         f"{path.resolve().parent.name}-{path.stem}"
         if path.exists() and path.suffix
         else path.name or path.resolve().name
     )
-    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+    return slug(name)
 
 
 def export(model: str, out: Path, weights: str, size: int | None) -> None:

@@ -16,6 +16,7 @@ from triptych.data.sources import Source, open_source, splits
 from triptych.data.subsets import Subset
 from triptych.encoders.load import Weights, load_encoder
 from triptych.errors import UserError
+from triptych.evals.features import left_out
 from triptych.evals.subject import Subject
 from triptych.progress import reporting
 from triptych.run_folder import provenance
@@ -108,7 +109,7 @@ def say(text: str) -> None:
 
 def say_unreadable(source: Source, indices: torch.Tensor) -> None:
     if len(indices) < len(source):
-        say(f"{len(source) - len(indices)} of {len(source)} images of {source.name} cannot be read: left out")
+        say(left_out(source, len(indices)))
 
 
 def writable(out: Path, option: str = "--out") -> None:

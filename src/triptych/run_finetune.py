@@ -21,6 +21,7 @@ from triptych.evals.published import known_set, published
 from triptych.evaluation import console, labelled_pair, report, say, writable
 from triptych.methods import METHODS
 from triptych.recipe import Recipe
+from triptych.run_folder import slug
 from triptych.settings import Flat, flat, nested, parse_overrides, resolve
 
 
@@ -87,11 +88,6 @@ def for_run(recipe: Recipe, trained: Recipe, own: Flat, *, size: bool = True) ->
     if trained.encoder.name == "swin" and recipe.method.name == "supervised":  # its class token is the mean patch
         taken["method"] = recipe.method.model_copy(update={"token": "cls"})
     return Recipe.model_validate(nested(flat(recipe.model_copy(update=taken).model_dump()) | own))
-
-
-def slug(name: str) -> str:
-    """For a folder's name."""
-    return "".join(c if c.isalnum() or c in "-_.@" else "_" for c in name)
 
 
 def _labelled_part(train: Source, few: Labels, draw: int) -> Source:

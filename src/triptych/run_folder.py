@@ -40,6 +40,11 @@ def cpu_name() -> str:
     return f"CPU {models[0] if models else platform.processor() or platform.machine()}"
 
 
+def slug(name: str) -> str:
+    """For the name of a folder."""
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+
+
 def commit() -> str | None:
     """The commit of the checkout that this package runs from, with '+' for uncommitted changes; None if installed."""
     here = Path(__file__).parent

@@ -15,7 +15,7 @@ from triptych.data.pixels import Picture
 from triptych.data.retrieval_sets import open_retrieval
 from triptych.errors import UserError
 
-GROCERY = Path("/work/shared/data/grocery/retrieval_gt.json")
+GROCERY = Path(__file__).parents[3] / "shared" / "data" / "grocery" / "retrieval_gt.json"
 
 
 def picture(path, value=0, size=(24, 20)):
@@ -176,7 +176,7 @@ def test_wrong_json_is_told(tmp_path, change, text):
         open_retrieval(write_json(tmp_path, about), crop_queries=True)
 
 
-@pytest.mark.skipif(not GROCERY.exists(), reason="needs the real photographs of /work/shared/data/grocery")
+@pytest.mark.skipif(not GROCERY.exists(), reason=f"{GROCERY} is not on this machine")
 def test_the_grocery_set_s_truth_is_that_of_its_class_folders():
     natural, iconic = open_retrieval(GROCERY)
     assert [len(s.queries) for s in (natural, iconic)] == [243, 81]

@@ -661,9 +661,9 @@ def test_the_part_to_train_on_is_the_same_alone_and_in_a_pair(tmp_path, monkeypa
 
 @pytest.fixture
 def flowers(tmp_path, monkeypatch, offline) -> Path:
+    from scipy.io import savemat
     from torchvision.datasets import Flowers102
 
-    savemat = pytest.importorskip("scipy.io").savemat
     base = tmp_path / "flowers-102"
     folder_of(base / "jpg", [f"image_{i:05d}.jpg" for i in (1, 2, 3)])
     savemat(base / "imagelabels.mat", {"labels": [[77, 5, 102]]})

@@ -11,7 +11,7 @@ from triptych.errors import UserError
 from triptych.evals.logistic import SETTINGS, logistic
 from triptych.evals.lowshot import chosen, from_file, low_shot, student_t_95
 
-IMAGENETTE = Path("/work/shared/data/imagenette128")
+IMAGENETTE = Path(__file__).parents[3] / "shared" / "data" / "imagenette128"
 
 
 def labels_of(counts, *, seed=0):
@@ -120,7 +120,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         from_file(tmp_path / "none.txt", KEYS)
 
 
-@pytest.mark.skipif(not IMAGENETTE.exists(), reason="needs the real images of /work/shared/data")
+@pytest.mark.skipif(not IMAGENETTE.exists(), reason=f"{IMAGENETTE} is not on this machine")
 @pytest.mark.parametrize(("name", "images"), [("train_1percent.txt", 97), ("train_10percent.txt", 947)])
 def test_imagenette_s_lists_name_images_of_every_class(name, images):
     source = open_source(IMAGENETTE / "train.zip")

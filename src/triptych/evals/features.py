@@ -152,6 +152,11 @@ def _one_behind(items: Iterable[T]) -> Iterator[T]:
     yield from before
 
 
+def left_out(source: Source, read: int) -> str:
+    """What to say where only so many of its images could be read."""
+    return f"{len(source) - read} of {len(source)} images of {source.name} cannot be read: left out"
+
+
 def labels_of(source: Source, indices: Tensor) -> Tensor:
     """(N,) int64 labels of the extracted images."""
     labels = [source.label(i) for i in indices.tolist()]

@@ -70,20 +70,16 @@ def of_linear(
     if augmented:
         if len(subject.models) > 1:
             raise UserError("the probe on augmented images takes one encoder: leave out --with")
-        options = (
-            form
-            | settings
-            | {"seed": seed, "device": subject.device, "precision": subject.precision, "folder": subject.folder}
-        )
+        options: dict[str, Any] = form | settings | {"seed": seed}
+        options |= {"device": subject.device, "precision": subject.precision, "folder": subject.folder}
         encoder, transform = subject.models[0].encoder, replace(subject.transforms[0], **_form(preset))
         result = linear_augmented(encoder, pair.train, pair.test, transform, probe, **options)
         about = subject.about(**_form(preset)) | about_images(train=pair.train, test=pair.test) | form
     else:
         train, y, test, z, about = _sets(subject, pair, form["token"], form["layers"], _form(preset))
         result = linear(train, y, test, z, preset=probe, seed=seed, **settings)
-    note = (
-        f"{result.preset}, {result.epochs} epochs; chosen on {result.selected_on}; augmentation: {result.augmentation}"
-    )
+    note = f"{result.preset}, {result.epochs} epochs; chosen on {result.selected_on}; "
+    note += f"augmentation: {result.augmentation}"
     detail = f"rate {result.lr:g}, epoch {result.epoch}"
     figures = [Figure("top-1 %", result.top1, note=note, detail=detail), Figure("top-5 %", result.top5, main=False)]
     remark = "optimistic: the best of all epochs and rates on the test images"

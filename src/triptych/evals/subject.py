@@ -12,7 +12,7 @@ from triptych.data.sources import Source
 from triptych.encoders.load import Loaded
 from triptych.errors import UserError
 from triptych.evals.ensemble import concatenated
-from triptych.evals.features import cached_all, content_hash, encoder_hash, labels_of
+from triptych.evals.features import cached_all, content_hash, encoder_hash, labels_of, left_out
 from triptych.evals.selection import Token, check_token
 from triptych.evals.transform import EvalTransform
 from triptych.precision import fast_precision
@@ -69,13 +69,10 @@ class Subject:
             "shape": [t.shape for t in transforms],
             "interpolation": [t.interpolation for t in transforms],
         }
-        random = [name for m in self.models if m.report is not None for name in m.report.missing]
         found = {key: values[0] if len(values) == 1 else values for key, values in each.items()}
-        return (
-            found
-            | {"precision": str(self.precision).removeprefix("torch.")}
-            | ({"random_weights": random} if random else {})
-        )
+        random = [name for m in self.models if m.report is not None for name in m.report.missing]
+        more = {"random_weights": random} if random else {}
+        return found | {"precision": str(self.precision).removeprefix("torch.")} | more
 
     def tokens(self) -> list[Token]:
         """Those that every one of the encoders has, and that are not the same."""
@@ -134,4 +131,4 @@ class Subject:
     def _tell_unreadable(self, source: Source, read: int) -> None:
         if read < len(source) and source.name not in self._told:
             self._told.add(source.name)
-            self.say(f"{len(source) - read} of {len(source)} images of {source.name} cannot be read: left out")
+            self.say(left_out(source, read))
