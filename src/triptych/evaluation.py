@@ -14,7 +14,7 @@ from rich.text import Text
 
 from triptych.data.sources import Source, open_source, splits
 from triptych.data.subsets import Subset
-from triptych.encoders.load import Weights, load_encoder
+from triptych.encoders.load import Weights, load_encoder, of_run
 from triptych.errors import UserError
 from triptych.evals.features import left_out
 from triptych.evals.subject import Subject
@@ -83,8 +83,7 @@ def subject_of(
 
 def is_bare(model: str) -> bool:
     """A file of weights, which may leave open what a run tells."""
-    path = Path(model)
-    return path.is_file() and not (path.parent.parent / "recipe.yaml").exists()
+    return Path(model).is_file() and not of_run(model)
 
 
 FILE = ("arch", "heads", "origin", "partial")

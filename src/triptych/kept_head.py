@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from triptych.encoders.load import load_method
+from triptych.encoders.load import load_method, of_run
 from triptych.encoders.state import State, read_tensors
 from triptych.errors import UserError
 from triptych.methods.supervised import Supervised
@@ -24,8 +24,7 @@ def keep_head(method: Supervised, weights: str) -> None:
     if not c.projection and c.classifier == "new":
         return
     path = Path(weights)
-    run = path.is_dir() or (path.parent.parent / "recipe.yaml").exists()
-    started = load_method(weights)[1] if run else None
+    started = load_method(weights)[1] if path.is_dir() or of_run(path) else None
     if c.projection:
         layer = _of_file(path) if started is None else _of_method(started, weights)
         _fill(cast(nn.Linear, model.projection), layer, weights, f"--method.projection {len(layer['bias'])}")

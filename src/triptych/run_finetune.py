@@ -11,7 +11,7 @@ from triptych import distributed
 from triptych.data.sources import Source
 from triptych.data.subsets import Subset
 from triptych.encoders import ViTConfig
-from triptych.encoders.load import load_encoder, load_method
+from triptych.encoders.load import load_encoder, load_method, of_run
 from triptych.errors import UserError
 from triptych.evals.features import encoder_hash
 from triptych.evals.finetune import finetune
@@ -43,7 +43,7 @@ def eval_finetune(
         raise UserError(f"{model}: fine-tuning starts from a run, a checkpoint, an export or a file of weights")
     own = parse_overrides(overrides)
     found, _ = resolve(recipe, None, own)
-    if (Path(model) / "recipe.yaml").exists():
+    if of_run(model):
         trained = load_method(model, "untrained")[0]
         found = for_run(found, trained, own, size=found.name.endswith("_small"))  # the others state theirs
     distributed.start()

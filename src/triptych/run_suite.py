@@ -11,7 +11,7 @@ from rich.table import Table
 
 from triptych.data.retrieval_sets import RetrievalSet, open_retrieval
 from triptych.data.sources import Source, open_source
-from triptych.encoders.load import Weights
+from triptych.encoders.load import Weights, of_run
 from triptych.errors import UserError
 from triptych.evals.protocols import Pair
 from triptych.evals.published import known_set
@@ -112,9 +112,7 @@ def _with_untrained(models: Sequence[str], weights: Weights, untrained: bool) ->
     """Each model, and what it was before training where that can be built: of runs and timm's names."""
     found: list[tuple[str, Weights]] = [(model, weights) for model in dict.fromkeys(models)]
     for model in dict.fromkeys(models):
-        path = Path(model)
-        of_run = (path / "recipe.yaml").exists() or (path.parent.parent / "recipe.yaml").exists()
-        known = of_run or not path.exists()
+        known = of_run(model) or not Path(model).exists()
         if untrained and weights != "untrained" and known:
             found.append((model, "untrained"))
     return found

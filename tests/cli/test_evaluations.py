@@ -149,6 +149,10 @@ def test_fine_tuning_takes_the_runs_encoder_and_few_labels(here, capsys):
     assert line["train_images"] == 2 * line["classes"]
     assert line["size"] == 32
     assert line["labels"]["per_class"] == 2
+    checkpoint = str(next(Path("run/checkpoints").glob("*5.pt")))
+    main(["eval", "finetune", checkpoint, *words[3:5], "--run", "again", *words[7:]])
+    assert lines()[1]["encoder"] == line["encoder"]  # a checkpoint of a run is that run
+    assert lines()[1]["top1"] == line["top1"]
     both = refused(capsys, *words, "--share", "0.5")
     assert "one of them" in both
 

@@ -42,6 +42,13 @@ class Loaded:
     report: Report | None = None  # of a file of weights: which of its tensors were taken
 
 
+def of_run(path: str | Path) -> bool:
+    """Is it a run's folder or one of its checkpoints?"""
+    path = Path(path)
+    folder = path.parent.parent if path.suffix == ".pt" else path
+    return (folder / "recipe.yaml").exists()
+
+
 def load_encoder(
     model: str,
     *,
@@ -59,13 +66,12 @@ def load_encoder(
     what fits, and leaves the rest random, where otherwise every tensor must match.  Raises UserError.
     """
     path = Path(model)
-    is_checkpoint = path.suffix == ".pt" and (path.parent.parent / "recipe.yaml").exists()
-    if arch is not None and (is_checkpoint or not path.is_file()):
+    if arch is not None and (of_run(path) or not path.is_file()):
         raise UserError("--arch says what a bare file of weights leaves open; this model needs none")
     known = timm.list_models(module="vision_transformer") + timm.list_models(module="swin_transformer")
     if arch is not None and arch not in known:
         raise UserError(f"--arch {arch}: timm has no such vision transformer or Swin{nearest(arch, known)}")
-    if is_checkpoint or (path / "recipe.yaml").exists():
+    if of_run(path):
         return _of_run(path, weights)
     if weights == "untrained" and path.exists():
         raise UserError(f"{model} holds trained weights only: --weights untrained needs a run or a timm name")
@@ -92,7 +98,7 @@ def load_method(model: str | Path, weights: Weights = "teacher") -> "tuple[Recip
 
     path = Path(model)
     folder, file = (path.parent.parent, path) if path.suffix == ".pt" else (path, None)
-    if not (folder / "recipe.yaml").exists():
+    if not of_run(path):
         raise UserError(f"{model} is not a Triptych run: give the folder that `triptych train` wrote, or a checkpoint")
     try:
         recipe = Recipe.model_validate(yaml.safe_load((folder / "recipe.yaml").read_text()))
@@ -213,7 +219,7 @@ def load_weights(encoder: Encoder, file: str) -> None:
             f"--encoder.weights {file}: no such file; give a run's folder, an export, or a .pt, .pth or .safetensors "
             "state dict"
         )
-    bare = path.is_file() and not (path.parent.parent / "recipe.yaml").exists()
+    bare = path.is_file() and not of_run(path)
     loaded = _of_file(path) if bare else load_encoder(file)
     source = loaded.encoder
     if isinstance(source, Swin) and isinstance(encoder, Swin):
