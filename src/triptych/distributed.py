@@ -32,6 +32,13 @@ def all_mean(x: Tensor) -> Tensor:
     return y / world_size()
 
 
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Is it true on any process?  All must agree where one would otherwise wait for the others for ever."""
+    if world_size() == 1:
+        return flag
+    return bool(all_mean(torch.tensor(float(flag), device=device)) > 0)
+
+
 class _AllMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

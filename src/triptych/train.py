@@ -31,6 +31,7 @@ from triptych.methods.base import Step
 from triptych.recipe import Recipe, of_source
 from triptych.run_folder import claim_folder
 from triptych.schedules import Progress
+from triptych.snapshots import Snapshots
 from triptych.step import Stepper, settle_compile
 
 
@@ -84,6 +85,7 @@ class Run:
         self.main = distributed.is_main()
         self.metrics = Metrics(out, self.start) if self.main else None
         self.progress = ProgressLine(console, enabled=self.main)
+        self.snapshots = Snapshots(recipe, source, out, device, self._say) if self.main else None
         self.pending: list[tuple[dict[str, Any], list[str], torch.Tensor]] = []
 
     @property
@@ -101,6 +103,8 @@ class Run:
             self._say(f"going on from step {self.start} of {self.total}")
         else:
             self._save(0)
+            if self.snapshots:
+                self.snapshots.take(self.method.encoder, 0)
         try:
             with stop_signals() as stop:
                 for step in range(self.start, self.total):
@@ -109,7 +113,7 @@ class Run:
                     done = step + 1
                     if done % self.steps_per_epoch == 0:
                         self._epoch_end(done, t)
-                    stopped = self._stopped(stop)
+                    stopped = distributed.any_process(bool(stop), self.device)
                     if stopped or done == self.total or done % self._save_every == 0:
                         self._save(done)
                     if stopped and done < self.total:
@@ -177,7 +181,10 @@ class Run:
         epoch = done // self.steps_per_epoch
         self._flush()
         self._check_weights(done)
-        if not health.every or epoch % health.every or not self.main:
+        measured = bool(health.every) and epoch % health.every == 0
+        if self.snapshots and (measured or done == self.total):
+            self.snapshots.take(self.method.encoder, done)
+        if not measured or not self.main:
             return
         row = measure(self.method, self.source, self.recipe, self.last_views, t, self.device, self.stepper.dtype)
         if self.metrics:
@@ -224,13 +231,6 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.unreadable = dict.fromkeys(state["unreadable"])
         return state["step"]
-
-    def _stopped(self, stop: list[int]) -> bool:
-        """Has any process been asked to stop?  All must agree, or one would wait for the others for ever."""
-        if distributed.world_size() == 1:
-            return bool(stop)
-        flag = torch.tensor(float(bool(stop)), device=self.device)
-        return bool(distributed.all_mean(flag) > 0)
 
     def _note_unreadable(self, reasons: list[str]) -> None:
         self.unreadable |= dict.fromkeys(reasons)

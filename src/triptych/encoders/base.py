@@ -156,15 +156,25 @@ class Encoder(nn.Module, ABC):
             raise UserError(f"an image of {height}x{width} px does not divide into patches of {p} px: use multiples")
         return height // p, width // p
 
-    def without(self, role: Literal["aux", "mask"]) -> Self:
-        """A copy without a role: the same class and patch tokens to the last bit (but for aux_sees "uncut")."""
+    def without(self, role: Literal["aux", "mask", "prefix"]) -> Self:
+        """A copy without a role.
+
+        "aux", "mask": the same class and patch tokens to the last bit (but for aux_sees "uncut").  "prefix": a ViT
+        without class token, class+ and registers, as UDI's detectors have it; its patches no longer see them.
+        """
         kept = copy.deepcopy(self)
+        if role == "prefix":
+            kept._drop_prefix()
+            return kept
         if role == "aux":
             kept.aux_tokens = None
         else:
             kept.mask_token = None
         kept.spec = TokenSpec(**{**vars(self.spec), role: type(getattr(self.spec, role))(0)})
         return kept
+
+    def _drop_prefix(self) -> None:
+        """In place; nothing to do for encoders that have none."""
 
     @abstractmethod
     def timm_arguments(self) -> tuple[str, dict]:

@@ -6,6 +6,7 @@ class+ and registers live in timm's `reg_token` (class+ first): `encoder.vit.sta
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, cast
 
 import timm
@@ -107,6 +108,15 @@ class ViT(Encoder):
     @property
     def native_size(self) -> tuple[int, int]:
         return self.vit.patch_embed.img_size
+
+    def _drop_prefix(self) -> None:
+        vit = self.vit
+        slots = 0 if vit.no_embed_class else self.prefix
+        if vit.pos_embed is not None and slots:
+            vit.pos_embed = nn.Parameter(vit.pos_embed[:, slots:].clone(), vit.pos_embed.requires_grad)
+        vit.cls_token = vit.reg_token = None
+        vit.has_class_token, vit.num_prefix_tokens, vit.num_reg_tokens, vit.global_pool = False, 0, 0, ""
+        self.spec = replace(self.spec, cls=0, cls_plus=0, register=0)
 
     def run(self, inputs: Sequence[Crops], blocks: Sequence[int]) -> list[list[Tokens]]:
         return self._pass(inputs, blocks)[0]
