@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from triptych.data.annotated import ANNOTATED
 from triptych.data.sources import SOURCES, open_source
 from triptych.encoders import ENCODERS
 from triptych.encoders.load import Loaded, load_encoder
@@ -35,6 +36,7 @@ def list_all() -> None:
         "encoders": ENCODERS,
         "recipes": {name: first_line(f.__doc__) for name, f in RECIPES.items()},
         "sources": SOURCES,
+        "sources with masks, boxes, videos": ANNOTATED,
         "evaluations": EVALS,
     }
     for group, entries in groups.items():

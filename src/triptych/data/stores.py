@@ -38,7 +38,7 @@ def open_store(path: Path) -> Store:
             return Tars(_matching(path))
         if path.is_dir():
             shards = _shards(path)
-            return Tars(shards) if shards else Files(path, image_keys(path, _walk(str(path))))
+            return Tars(shards) if shards else Files(path, image_keys(path, walk(str(path))))
         if _COMPRESSED_TAR.search(path.name):
             raise UserError(
                 f"{path} is compressed, so its images cannot be read one by one; unpack it and give the folder, or "
@@ -105,7 +105,7 @@ class Files:
             return -1
 
 
-def _walk(folder: str, inner: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+def walk(folder: str, inner: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
     """Paths of all files below, with "/" between folders.  Links are followed, except to a folder that they lie in."""
     here = Path(folder, inner)
     identity = (here.stat().st_dev, here.stat().st_ino)
@@ -116,6 +116,6 @@ def _walk(folder: str, inner: str = "", above: tuple[tuple[int, int], ...] = ())
             if is_hidden(entry.name):
                 continue
             if entry.is_dir():
-                yield from _walk(folder, f"{inner}{entry.name}/", (*above, identity))
+                yield from walk(folder, f"{inner}{entry.name}/", (*above, identity))
             elif entry.is_file() or entry.is_symlink():  # a broken link is reported when it is read
                 yield inner + entry.name
