@@ -37,6 +37,7 @@ def test_it_draws_trains_shows_exports_and_says_whether_it_learned(small, tmp_pa
     text = console.export_text()
     assert ("did NOT beat" in text) != learned
     assert "images/s" in text
+    assert "finished: 4 steps" in (tmp_path / "q" / "report.html").read_text()
     sheet = Image.open(tmp_path / "q" / "tokens.png")
     assert sheet.width > 4 * 128  # image, class, class+, PCA
     assert load_encoder(str(tmp_path / "q" / "encoder")).encoder.spec.cls_plus == 1

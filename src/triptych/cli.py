@@ -9,6 +9,8 @@ from cyclopts import App, CycloptsError, Parameter
 
 from triptych import __version__
 from triptych.cli_eval import Count, Model, Pixels, Weights, evaluate
+from triptych.cli_report import report
+from triptych.cli_show import pictures
 from triptych.errors import Interrupted, NonFinite, UserError
 
 app = App(
@@ -17,8 +19,10 @@ app = App(
     version=__version__,
 )
 app.command(evaluate)
-for more in ("triptych.cli_eval_runs", "triptych.cli_eval_sets"):  # their commands register themselves
-    import_module(more)
+app.command(pictures)
+app.command(report)
+for more in ("dense", "runs", "sets"):  # their commands register themselves
+    import_module(f"triptych.cli_eval_{more}")
 
 DEFAULT = Weights()
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]

@@ -20,6 +20,7 @@ from triptych.export import export
 from triptych.health import feature_health
 from triptych.pictures import token_sheet
 from triptych.recipes.udi import udi_quickstart
+from triptych.report.page import report
 from triptych.train import train
 
 TRAIN, TEST, CLIPS, SIZE, K = 2000, 400, 8, 64, 10
@@ -49,6 +50,8 @@ def quickstart(out: Path, console: Console | None = None) -> None:
         table.add_row(name, f"{accuracy:.1f}", f"{measured[name, 'cls_plus'][0]:.1f}", f"{rank:.1f}")
     console.print(table)
     console.print(f"trained at {result.images_per_second:.0f} images/s; {time.monotonic() - began:.0f} s in all")
+    page = report([out / "run"], out=out / "report.html", results=[], sample=200)
+    console.print(f"report: {page} (for a browser)", highlight=False)
     console.print(f"picture: {out}/tokens.png\nencoder: {out}/encoder (timm gives the same tokens to {difference:.1g})")
     before, after = (measured[name, "cls"][0] for name in ("before training", "after training"))
     if after <= before:

@@ -146,20 +146,24 @@ def eval_variance(model: str, data: str, out: Path, *, size, weights, arch, **op
     return report("variance", asdict(result), about, table, out)
 
 
-def eval_reconstruction(run: str, data: str, out: Path, *, images: int, blocks: Sequence[int], norm: bool, seed: int):
+def eval_reconstruction(
+    run: str, data: str | Source, out: Path, *, images: int, blocks: Sequence[int], norm: bool, seed: int
+):
     from PIL import Image
 
     from triptych.pictures import reconstruction_sheet
+    from triptych.show.saving import save_picture
 
     if out.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {out}: name a picture file, such as reconstruction.png")
-    source, (recipe, method, name) = _held_out(data), load_method(run, "student")
+    source = _held_out(data) if isinstance(data, str) else data
+    recipe, method, name = load_method(run, "student")
     base, look = with_pixel_head(method.to(device())), recipe.views
     transform = _transform(recipe, base.encoder, None)
     view = corrupted_view(source, base.config.corruption, transform, images=images, seed=seed, device=device())
     result = reconstruct(method, view, blocks, norm=norm)
     out.parent.mkdir(parents=True, exist_ok=True)
-    reconstruction_sheet(result, view, look.mean, look.std).save(out)
+    save_picture(reconstruction_sheet(result, view, look.mean, look.std), out)
     title = escape(f"{len(view.images)} images of {source.name}, {name} (student)")
     table = Table("head reads", "masked L1", title=title)
     for block, error in zip(result.blocks, result.errors, strict=True):

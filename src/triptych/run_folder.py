@@ -17,7 +17,7 @@ from triptych.recipe import Recipe
 from triptych.settings import flat
 
 # Parts of a recipe that may differ when a run goes on: they change no number.
-RESUMABLE = ("loader.workers", "loader.max_unreadable", "checkpoint")
+RESUMABLE = ("loader.workers", "loader.max_unreadable", "checkpoint", "health.pictures")
 
 
 def provenance() -> dict[str, Any]:

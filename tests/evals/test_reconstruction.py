@@ -32,6 +32,7 @@ from triptych.methods.base import Method
 from triptych.methods.mte import MTE
 from triptych.pictures import reconstruction_sheet
 from triptych.schedules import Progress
+from triptych.show.sheet import LINE, MARGIN, wide
 from triptych.tokens import TokenSpec
 
 SMALL = {"hidden": 16, "embedding": 6}
@@ -190,19 +191,22 @@ def test_no_images_are_an_error(folder, tmp_path):
         corrupted_view(open_source(tmp_path), *options)
 
 
-@pytest.mark.parametrize(("name", "columns"), [("sit", 5), ("gmml", 6)])
-def test_the_picture_has_a_row_per_image_and_shows_its_pixels(folder, name, columns):
+@pytest.mark.parametrize("name", ["sit", "gmml"])
+def test_the_picture_has_a_row_per_image_and_shows_its_pixels(folder, name):
     transform = EvalTransform(16, 18, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
     view = corrupted_view(open_source(folder), CorruptionConfig(), transform, images=3)
     result = reconstruct(make(CONFIGS[name]).float(), view, [1, 2])
     sheet = reconstruction_sheet(result, view, transform.mean, transform.std, side=16)
-    # image, corrupted, block 1, block 2, (their mean), the difference; 4 px between, 22 px of heads
-    assert sheet.size == (columns * 20 + 4, 3 * 20 + 26)
-    tile = np.asarray(sheet)[26 + 20 : 26 + 36, 4:20]
+    titles = ["image", "corrupted", "block 1", "block 2", *(["mean 1 2"] if name == "gmml" else []), "|2 - 1|"]
+    widths = [max(16, wide(title)) + MARGIN for title in titles]
+    assert sheet.size == (sum(widths) + MARGIN, LINE + 3 * (16 + MARGIN) + LINE + 3 * MARGIN)  # below, a scale
+    left, top = MARGIN + (wide("image") - 16) // 2, MARGIN + LINE + 16 + MARGIN
+    tile = np.asarray(sheet)[top : top + 16, left : left + 16]
     expected = view.images[1] * torch.tensor(transform.std)[:, None, None] + torch.tensor(transform.mean)[:, None, None]
     assert np.abs(tile - 255 * expected.permute(1, 2, 0).numpy()).max() < 0.51
     whole = replace(result, blocks=(2,), images=result.images[1:])  # one block alone has no differences
-    assert reconstruction_sheet(whole, view, transform.mean, transform.std, side=16).size[0] == (columns - 2) * 20 + 4
+    alone = reconstruction_sheet(whole, view, transform.mean, transform.std, side=16)
+    assert alone.width == sheet.width - widths[2] - widths[-1]
 
 
 # --- the command ---
@@ -232,7 +236,7 @@ def test_the_command_writes_the_picture_and_prints_the_errors(here, capsys):
     for expected in ("masked L1", "3 images of scenes:8 [test], run@2 (student)", "block 1", "as trained: block 2"):
         assert expected in said
     first = Path("new/picture.png").read_bytes()
-    assert Image.open("new/picture.png").size == (5 * 132 + 4, 3 * 132 + 26)
+    assert Image.open("new/picture.png").size == (5 * 134 + 6, 18 + 3 * 134 + 24 + 12)
     main("eval reconstruction run --data scenes:8 --out again.png --images 3 --blocks 1 2".split())
     assert Path("again.png").read_bytes() == first
     main("eval reconstruction run --data scenes:8 --out again.png --images 3 --blocks 1 2 --no-norm".split())
