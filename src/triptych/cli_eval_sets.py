@@ -98,10 +98,13 @@ def eval_all(
     data: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     episodes: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     retrieval: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    masks: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
+    videos: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     protocols: Annotated[list[str] | None, Parameter(consume_multiple=True, negative="")] = None,
     preset: str | None = None,
     untrained: bool = True,
     size: Pixels = None,
+    dense_size: Count = 480,
     seed: Seed = 0,
     markdown: Path | None = None,
     options: Encoder = DEFAULT,
@@ -116,14 +119,22 @@ def eval_all(
         Sets of labelled images without parts: few-shot episodes, clustering, CKA of tokens.
     retrieval
         Sets of queries and a gallery, as of `eval retrieval`.
+    masks
+        Images with masks, as of `eval click`: clicks, similarity of objects and, where every pixel has a class, the
+        probe of patches.
+    videos
+        Videos with masks, as of `eval video`.
     protocols
-        Some of knn, linear, logistic, fewshot, clustering, cka, retrieval.  Default: all.
+        Some of knn, linear, logistic, fewshot, clustering, cka, retrieval, click, similarity, probe, video.
+        Default: all.
     preset
         A paper (dino, ibot, udi, mte, mmc, mae, msn), whose settings are taken wherever it has some.
     untrained
         Measure each run and timm model before training too.
     size
         Pixels of the evaluated images.  Default: what each encoder was trained on.
+    dense_size
+        Pixels of the images that clicks, similarity and videos are measured on.
     seed
         Of everything that is drawn.
     markdown
@@ -132,7 +143,8 @@ def eval_all(
     from triptych import run_suite
     from triptych.evals.suite import PROTOCOLS, Plan
 
-    plan = Plan(protocols or PROTOCOLS, preset, seed)
+    plan = Plan(protocols or PROTOCOLS, preset, seed, dense_size)
     sets = {"data": data or (), "episodes": episodes or (), "retrieval": retrieval or ()}
+    sets |= {"masks": masks or (), "videos": videos or ()}
     places = {"out": options.out, "markdown": markdown}
     run_suite.eval_all(models, **sets, plan=plan, untrained=untrained, size=size, **places, **options.subject())

@@ -9,14 +9,16 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from triptych.data.annotated import open_annotated, open_videos, segmented_splits
 from triptych.data.retrieval_sets import RetrievalSet, open_retrieval
 from triptych.data.sources import Source, open_source
 from triptych.encoders.load import Weights, of_run
 from triptych.errors import UserError
 from triptych.evals.protocols import Pair
 from triptych.evals.published import known_set
+from triptych.evals.published_dense import known_annotated, known_videos
 from triptych.evals.subject import Subject
-from triptych.evals.suite import Job, Plan, on_images, on_pair, on_retrieval
+from triptych.evals.suite import Job, Plan, on_images, on_masks, on_pair, on_retrieval, on_videos
 from triptych.evals.tables import SideBySide
 from triptych.evaluation import (
     check_file_options,
@@ -39,6 +41,8 @@ def eval_all(
     data: Sequence[str],
     episodes: Sequence[str],
     retrieval: Sequence[str],
+    masks: Sequence[str] = (),
+    videos: Sequence[str] = (),
     plan: Plan,
     untrained: bool,
     out: Path,
@@ -58,8 +62,9 @@ def eval_all(
     check_file_options(models, options)
     sets = [*map(_of_pair(plan), data), *map(_of_images(plan), episodes)]
     sets += [_of_retrieval(plan, images) for name in retrieval for images in open_retrieval(name)]
+    sets += [*map(_of_masks(plan), masks), *map(_of_videos(plan), videos)]
     if not sets:
-        raise UserError("nothing to measure on: give --data, --episodes or --retrieval")
+        raise UserError("nothing to measure on: give --data, --episodes, --retrieval, --masks or --videos")
     tables = []
     with ExitStack() as stack:
         subjects = {}
@@ -138,6 +143,26 @@ def _of_images(plan: Plan) -> Callable[[str], Measured]:
 
 def _of_retrieval(plan: Plan, images: RetrievalSet) -> Measured:
     return images.name, images.name, [], lambda subject: on_retrieval(subject, images, plan)
+
+
+def _of_masks(plan: Plan) -> Callable[[str], Measured]:
+    def opened(data: str) -> Measured:
+        source = open_annotated(data)
+        try:
+            pair = segmented_splits(data)
+        except UserError:  # instances or videos, or no part to learn from: no linear layer on it
+            pair = None
+        return data, known_annotated(source) or data, [], lambda subject: on_masks(subject, source, pair, plan)
+
+    return opened
+
+
+def _of_videos(plan: Plan) -> Callable[[str], Measured]:
+    def opened(data: str) -> Measured:
+        found = open_videos(data)
+        return data, known_videos(found) or data, [], lambda subject: on_videos(subject, data, found, plan)
+
+    return opened
 
 
 def shown(table: SideBySide) -> Table:

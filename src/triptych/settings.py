@@ -94,7 +94,7 @@ def resolve(name: str, config: Path | None, overrides: Flat) -> tuple[Recipe, di
             _check_name(key, _fields(Recipe, values | layer), source)
             values[key], origin[key] = value, source
     kinds = _fields(Recipe, values)
-    values |= {k: [v] for k, v in values.items() if isinstance(v, int | float | str) and _is_list(kinds.get(k))}
+    values |= {k: [v] for k, v in values.items() if isinstance(v, int | float | str) and is_list(kinds.get(k))}
     try:
         recipe = Recipe.model_validate(nested(values))
     except ValidationError as error:
@@ -156,7 +156,7 @@ def _members(annotation: Any) -> list[type[BaseModel]]:
     return [m for part in get_args(annotation) for m in _members(part)]
 
 
-def _is_list(kind: Any) -> bool:
+def is_list(kind: Any) -> bool:
     """Is it a tuple, or one or None?"""
     kinds = [k for k in get_args(kind) if k is not type(None)] if get_origin(kind) in (Union, UnionType) else [kind]
     return all(get_origin(k) is tuple for k in kinds)

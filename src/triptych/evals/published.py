@@ -18,7 +18,7 @@ class Published:
     value: float  # percent
 
 
-def _rows(protocol: str, data: str, figures: tuple[str, ...], table: str) -> list[Published]:
+def rows(protocol: str, data: str, figures: tuple[str, ...], table: str) -> list[Published]:
     """Lines of "ENCODER | value value ...", a value per figure; - where a paper has none."""
     rows = []
     for line in table.strip().splitlines():
@@ -28,7 +28,7 @@ def _rows(protocol: str, data: str, figures: tuple[str, ...], table: str) -> lis
     return rows
 
 
-_NEAR = _rows(
+_NEAR = rows(
     "knn",
     "imagenet",
     ("top-1 %, k = 10",),
@@ -51,7 +51,7 @@ _NEAR = _rows(
     iBOT ViT-B/16 multi-crop 100 ep | 74.0
     MTE over iBOT ViT-B/16 multi-crop 100 ep | 76.0
     """,
-) + _rows(
+) + rows(
     "knn",
     "imagenet",
     ("top-1 %, k of its script",),
@@ -60,7 +60,7 @@ _NEAR = _rows(
     UDI ViT-S/16 300 ep | 75.6
     """,
 )
-_LINEAR = _rows(
+_LINEAR = rows(
     "linear",
     "imagenet",
     ("top-1 %, best on test",),
@@ -123,9 +123,9 @@ _TRANSFER = """
 _TRANSFER_SETS = ("cifar10", "cifar100", "inat18", "inat19", "flowers102", "stanford-cars")
 
 
-def _columns(protocol: str, columns: tuple[tuple[str, str], ...], table: str) -> list[Published]:
-    """As `_rows`, a (data, figure) per value."""
-    found = _rows(protocol, "", tuple(map("\0".join, columns)), table)
+def columns(protocol: str, columns: tuple[tuple[str, str], ...], table: str) -> list[Published]:
+    """As `rows`, a (data, figure) per value."""
+    found = rows(protocol, "", tuple(map("\0".join, columns)), table)
     split = [(p, p.figure.partition("\0")) for p in found]
     return [Published(p.protocol, data, figure, p.encoder, p.value) for p, (data, _, figure) in split]
 
@@ -133,19 +133,19 @@ def _columns(protocol: str, columns: tuple[tuple[str, str], ...], table: str) ->
 PUBLISHED: tuple[Published, ...] = (
     *_NEAR,
     *_LINEAR,
-    *_rows("logistic", "imagenet", ("top-1 %, 1 % of the labels", "top-1 %, 10 % of the labels"), _LOW_SHOT),
-    *_rows("finetune", "imagenet", ("top-1 %, 1 % of the labels", "top-1 %, 10 % of the labels"), _LOW_SHOT_TUNED),
-    *_columns(
+    *rows("logistic", "imagenet", ("top-1 %, 1 % of the labels", "top-1 %, 10 % of the labels"), _LOW_SHOT),
+    *rows("finetune", "imagenet", ("top-1 %, 1 % of the labels", "top-1 %, 10 % of the labels"), _LOW_SHOT_TUNED),
+    *columns(
         "retrieval",
         tuple((d, f"mAP {level}, %") for d in ("roxford5k", "rparis6k") for level in ("medium", "hard")),
         _RETRIEVAL,
     ),
-    *_columns(
+    *columns(
         "fewshot",
         tuple((d, f) for d in ("cifar10", "oxford-iiit-pet") for f in ("accuracy, %", "F1, %")),
         _FEW_SHOT,
     ),
-    *_columns("finetune", tuple((d, "top-1 %") for d in _TRANSFER_SETS), _TRANSFER),
+    *columns("finetune", tuple((d, "top-1 %") for d in _TRANSFER_SETS), _TRANSFER),
 )
 
 _CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}

@@ -5,21 +5,27 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from triptych.data.annotated import Annotated, Segmented
+from triptych.data.davis import AnnotatedFrames, Video
 from triptych.data.retrieval_sets import RetrievalSet
 from triptych.data.sources import Source
 from triptych.errors import UserError, nearest
+from triptych.evals import dense_protocols as dense
 from triptych.evals import protocols as of
+from triptych.evals.click import ClickSettings
 from triptych.evals.knn import PRESETS as KNN
 from triptych.evals.linear_presets import PRESETS as LINEAR
 from triptych.evals.logistic import SETTINGS as LOGISTIC
 from triptych.evals.outcome import Outcome
+from triptych.evals.propagation import Settings
 from triptych.evals.protocols import Pair
 from triptych.evals.retrieval import PRESETS as RETRIEVAL
 from triptych.evals.retrieval_protocols import of_retrieval
 from triptych.evals.subject import Subject
 
 ON_PAIRS = ("knn", "linear", "logistic", "fewshot", "clustering", "cka")
-PROTOCOLS = (*ON_PAIRS, "retrieval")
+ON_MASKS = ("click", "similarity", "probe")
+PROTOCOLS = (*ON_PAIRS, "retrieval", *ON_MASKS, "video")
 PAPERS = ("dino", "ibot", "udi", "mte", "mmc", "mae", "msn")
 
 
@@ -30,6 +36,7 @@ class Plan:
     protocols: Sequence[str] = PROTOCOLS
     preset: str | None = None  # a paper, whose settings are taken wherever it has some
     seed: int = 0
+    dense_size: int = 480  # pixels, for what is measured on patches
 
     def __post_init__(self) -> None:
         for name in self.protocols:
@@ -86,3 +93,24 @@ def on_retrieval(subject: Subject, images: RetrievalSet, plan: Plan) -> list[Job
     form = {} if chosen is None else {"size": chosen.size, "scales": chosen.scales}
     job = partial(of_retrieval, subject, images, seed=plan.seed, **form)
     return [("retrieval", job)] if "retrieval" in plan.protocols else []
+
+
+def on_masks(subject: Subject, source: Annotated, pair: tuple[Segmented, Segmented] | None, plan: Plan) -> list[Job]:
+    """On images with masks; pair: to learn a linear layer from and to measure it on, where every pixel has a class."""
+    jobs: list[Job] = []
+    size, seed = plan.dense_size, plan.seed
+    if "click" in plan.protocols:
+        jobs.append(("click", partial(dense.of_click, subject, source, ClickSettings(size=size), seed=seed)))
+    if "similarity" in plan.protocols:
+        # A frame of a video may have one object: all else is then what is different.
+        options = {"size": size, "seed": seed, "background": isinstance(source, AnnotatedFrames)}
+        jobs.append(("similarity", partial(dense.of_similarity, subject, source, **options)))
+    if "probe" in plan.protocols and pair is not None:
+        jobs.append(("probe", partial(dense.of_patch_probe, subject, *pair, seed=seed)))
+    return jobs
+
+
+def on_videos(subject: Subject, name: str, videos: Sequence[Video], plan: Plan) -> list[Job]:
+    """On videos whose objects have masks."""
+    job = partial(dense.of_video, subject, name, videos, Settings(size=plan.dense_size))
+    return [("video", job)] if "video" in plan.protocols else []

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from triptych.evals.outcome import Figure, Outcome
 from triptych.evals.published import published
+from triptych.evals.published_dense import published_dense
 
 Label = tuple[str, str, str]  # protocol, setting, figure
 
@@ -47,11 +48,12 @@ class SideBySide:
         text = [f"### {self.data}", "", *map(_row, [self.head(), rule, *self.lines()])]
         if remarks := self.remarks():
             text += ["", *(f"- {remark}" for remark in remarks)]
-        reported = published(self.known, {protocol for protocol, _, _ in self.rows})
+        protocols = {protocol for protocol, _, _ in self.rows}
+        reported = published(self.known, protocols) + [r for p in protocols for r in published_dense(self.known, p)]
         if reported:
             text += ["", "Reported by the papers for encoders of theirs (not measured here):", ""]
             text += [_row(["protocol", "figure", "encoder", "reported"]), _row(["---"] * 3 + ["---:"])]
-            text += [_row([p.protocol, p.figure, p.encoder, f"{p.value:.1f}"]) for p in reported]
+            text += [_row([p.protocol, p.figure, p.encoder, f"{p.value:g}"]) for p in reported]
         return "\n".join(text) + "\n"
 
 

@@ -98,7 +98,7 @@ def srs(viewer: Viewer, module: SRS, place: Place) -> Kind:
         query = Tile("image", marked(picture.pixels, at, grid))
         return [Panel(picture.name, [query, *_heads(maps, picture)])]
 
-    about = "Attention of the queried patch (ring) in UDI's semantic sampling (SRS); each map from 0 to its own maximum."
+    about = "Attention of the queried patch (ring) in UDI's sampling (SRS); each map from 0 to its own maximum."
     return Kind(panels, about, Scale("0", "maximum"))
 
 

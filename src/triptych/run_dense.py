@@ -1,0 +1,162 @@
+"""`triptych eval click`, `similarity`, `video`, `probe`, `segmentation`, `detection`: what patch tokens know."""
+
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from triptych import distributed
+from triptych.data.annotated import (
+    coco_splits,
+    open_annotated,
+    open_coco,
+    open_segmented,
+    open_videos,
+    segmented_splits,
+)
+from triptych.encoders.load import Loaded, load_encoder
+from triptych.errors import UserError
+from triptych.evals import detection as detections
+from triptych.evals import segmentation as segmentations
+from triptych.evals.class_maps import figures as segmentation_figures
+from triptych.evals.click import ClickSettings, mean_target_area
+from triptych.evals.dense_protocols import of_click, of_patch_probe, of_similarity, of_video
+from triptych.evals.detection_presets import preset_of as detection_preset
+from triptych.evals.features import encoder_hash
+from triptych.evals.outcome import Figure, Outcome, about_images
+from triptych.evals.presets import with_changes
+from triptych.evals.propagation import Settings
+from triptych.evals.published_dense import known_annotated, known_videos, published_dense
+from triptych.evals.segmentation_presets import preset_of as segmentation_preset
+from triptych.evaluation import console, is_bare, say, subject_of, writable
+from triptych.progress import reporting
+from triptych.run_folder import slug
+from triptych.run_frozen import show
+from triptych.settings import parse_overrides
+
+
+def eval_click(
+    model: str, data: str, out: Path, *, subject: dict, images: int | None, seed: int, **settings: Any
+) -> dict:
+    writable(out)
+    asked, source = ClickSettings(**settings), open_annotated(data)
+    with subject_of(model, **subject) as of:
+        outcome = of_click(of, source, asked, images=images, seed=seed)
+    _tell(known_annotated(source), "click")
+    return show(outcome, out)
+
+
+def target_area(data: str, *, size: int, patch_size: int, images: int | None, seed: int) -> None:
+    """How large targets are in every reading of the paper, from the annotation alone."""
+    from typing import get_args
+
+    from rich.table import Table
+
+    from triptych.evals.click_targets import Unit
+
+    source = open_annotated(data)
+    table = Table("targets", "mean area, %", "of all", "number", "skipped", title=f"{data}, {size} px")
+    with reporting(console):
+        for unit in get_args(Unit):
+            of = mean_target_area(source, unit, size=size, patch_size=patch_size, images=images, seed=seed)
+            measured = f"{of.floor['targets']:.2f}"
+            table.add_row(unit, measured, f"{of.every_target:.2f}", str(of.targets), str(of.skipped))
+    console.print(table)
+
+
+def eval_similarity(model: str, data: str, out: Path, *, subject: dict, **settings: Any) -> dict:
+    writable(out)
+    source = open_annotated(data)
+    with subject_of(model, **subject) as of:
+        outcome = of_similarity(of, source, **settings)
+    _tell(known_annotated(source), "similarity")
+    return show(outcome, out)
+
+
+def eval_video(model: str, data: str, out: Path, *, subject: dict, masks: Path | None, **settings: Any) -> dict:
+    writable(out)
+    asked, videos = Settings(**settings), open_videos(data)
+    with subject_of(model, **subject) as of:
+        outcome = of_video(of, data, videos, asked, out=masks)
+    if not outcome.figures:
+        say("no video has annotations beside its first mask: nothing to score")
+    _tell(known_videos(videos), "video")
+    return show(outcome, out)
+
+
+def eval_patch_probe(
+    model: str, data: str, test: str | None, out: Path, *, subject: dict, seed: int, **settings: Any
+) -> dict:
+    writable(out)
+    pair = _pair(segmented_splits, open_segmented, data, test)
+    with subject_of(model, **subject) as of:
+        return show(of_patch_probe(of, *pair, seed=seed, **settings), out)
+
+
+def eval_segmentation(model: str, data: str, test: str | None, out: Path, **options: Any) -> dict | None:
+    """Under torchrun all processes train; the first one measures."""
+    preset = with_changes(segmentation_preset(options["preset"]), parse_overrides(options.pop("overrides")))
+    options |= {"preset": preset, "protocol": "segmentation", "figures": segmentation_figures}
+    opened = segmented_splits, open_segmented
+    return _trained(model, data, test, out, opened, segmentations.segmentation, **options)
+
+
+def eval_detection(model: str, data: str, test: str | None, out: Path, **options: Any) -> dict | None:
+    """Under torchrun all processes train; the first one measures."""
+    preset = with_changes(detection_preset(options["preset"]), parse_overrides(options.pop("overrides")))
+    options |= {"preset": preset, "protocol": "detection", "figures": detections.figures}
+    return _trained(model, data, test, out, (coco_splits, open_coco), detections.detection, **options)
+
+
+def _trained(
+    model: str,
+    data: str,
+    test: str | None,
+    out: Path,
+    opened: tuple[Callable, Callable],
+    train: Callable,
+    *,
+    preset: Any,
+    protocol: str,
+    figures: Callable[[Any], list[Figure]],
+    run: Path | None,
+    seed: int,
+    weights: dict[str, Any],
+) -> dict | None:
+    """Train a network on an encoder, measure it, write the outcome down."""
+    writable(out)
+    loaded = _loaded(model, weights)
+    folder = run or Path("runs") / slug(f"{preset.name}-{loaded.name}-{Path(data).name}-{seed}")
+    device = distributed.start()
+    try:
+        pair = distributed.first_process_first(lambda: _pair(*opened, data, test))
+        with reporting(console):
+            result = train(loaded, *pair, preset, out=folder, seed=seed, device=device, console=console)
+    finally:
+        distributed.stop()
+    if result is None:  # not the first process
+        return None
+    about = {"model": loaded.name, "encoder": encoder_hash(loaded.encoder), "heads": loaded.encoder.heads}
+    about |= {"settings": asdict(preset), "run": str(folder), "seed": seed} | about_images(train=pair[0], test=pair[1])
+    said = {field.name for field in fields(result)}
+    about = {key: value for key, value in about.items() if key not in said}
+    say(f"run: {folder}")
+    _tell(known_annotated(pair[1]), protocol)
+    return show(Outcome(protocol, preset.name, about, result, figures(result)), out)
+
+
+def _loaded(model: str, weights: dict[str, Any]) -> Loaded:
+    given = {name: value for name, value in weights.items() if name != "weights" and value}
+    if given and not is_bare(model):
+        raise UserError(f"--{next(iter(given))} is about bare files of weights; {model} is none, leave it out")
+    return load_encoder(model, **weights)
+
+
+def _pair(splits: Callable, open_one: Callable, data: str, test: str | None) -> tuple[Any, Any]:
+    """(to train on, to measure on)."""
+    return splits(data) if test is None else (open_one(data), open_one(test))
+
+
+def _tell(known: str | None, protocol: str) -> None:
+    for row in published_dense(known, protocol):
+        say(f"reported by the papers, not measured here: {row.figure}, {row.encoder}: {row.value:g}")
