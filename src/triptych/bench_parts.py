@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triptych.data.loader import close, default_workers
+from triptych.data.loader import close, default_workers, next_of
 from triptych.data.sources import Source
 from triptych.evals.features import extract
 from triptych.evals.knn import knn as nearest_neighbours
 from triptych.evals.selection import select
 from triptych.evals.transform import EvalTransform
-from triptych.feed import first_views, next_batch, settle_colour, view_batches
+from triptych.feed import first_views, settle_colour, view_batches
 from triptych.flops import Flops
 from triptych.memory import LiveMemory
 from triptych.recipe import Recipe
@@ -65,7 +65,7 @@ class Bench:
         batches = self._batches()
 
         def once() -> None:
-            stepper(t, lambda: next_batch(batches)[0])
+            stepper(t, lambda: next_of(batches)[0])
 
         split: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         whole = 0.0
@@ -111,10 +111,10 @@ class Bench:
         count = turns * max(2, -(-self.steps // turns))
         try:
             for _ in range(max(WARM_UP, turns)):
-                next_batch(batches)
+                next_of(batches)
             began = now()
             for _ in range(count):
-                next_batch(batches)
+                next_of(batches)
             return count * self.recipe.batch / self.recipe.accumulate / (now() - began)
         finally:
             close(batches)
@@ -172,7 +172,7 @@ class Bench:
         stepper, t = Stepper(recipe, DEVICE), middle(recipe, self.source)
         batches = self._batches(recipe)
         try:
-            parts = [next_batch(batches)[0] for _ in range(recipe.accumulate)]
+            parts = [next_of(batches)[0] for _ in range(recipe.accumulate)]
         finally:
             close(batches)
         views = cycle(parts)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from triptych.errors import UserError
 
@@ -35,6 +36,17 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 def steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, ascending."""
     return sorted(int(p.stem.removeprefix("step_")) for p in folder.glob("step_*.pt"))
+
+
+def kept(folder: Path) -> str:
+    """What a message says of the checkpoints that are there."""
+    saved = steps(folder)
+    return f"the checkpoint of step {saved[-1]} is kept" if saved else "nothing was saved"
+
+
+def finite(module: nn.Module) -> bool:
+    """Are all parameters?  A finite loss can have a gradient that is not: such weights must never be saved."""
+    return bool(torch.stack(torch._foreach_norm(list(module.parameters()))).isfinite().all())
 
 
 def load(path: Path) -> dict[str, Any]:

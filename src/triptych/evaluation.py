@@ -14,7 +14,7 @@ from rich.text import Text
 
 from triptych.data.sources import Source, open_source, splits
 from triptych.data.subsets import Subset
-from triptych.encoders.load import Weights, load_encoder, of_run
+from triptych.encoders.load import Loaded, Weights, load_encoder, of_run
 from triptych.errors import UserError
 from triptych.evals.features import left_out
 from triptych.evals.subject import Subject
@@ -28,8 +28,7 @@ def labelled_pair(data: str, test: str | None, seed: int = 0) -> tuple[Source, S
     """(train, test) images: as given, the data's own held-out part, or a seeded fifth that is held out here."""
     if test is not None:
         pair = open_source(data), open_source(test)
-        if pair[0].fingerprint() == pair[1].fingerprint():
-            say(f"be aware: {data} and {test} are the same images, so nothing here is measured on unseen ones")
+        tell_same(*pair)
     else:
         pair = splits(data) or held_out_fifth(open_source(data), seed)
     for source in pair:
@@ -41,6 +40,12 @@ def labelled_pair(data: str, test: str | None, seed: int = 0) -> tuple[Source, S
             f"{pair[0].name} and {pair[1].name} do not have the same classes ({counts}): labels would not fit"
         )
     return pair
+
+
+def tell_same(train: Source, test: Source) -> None:
+    if train.fingerprint() == test.fingerprint():
+        names = f"{train.name} and {test.name}"
+        say(f"be aware: {names} are the same images, so nothing here is measured on unseen ones")
 
 
 def held_out_fifth(source: Source, seed: int) -> tuple[Source, Source]:
@@ -72,13 +77,19 @@ def subject_of(
     """
     models = [model, *(more or [])]
     check_file_options(models, file)
-    loaded = [load_encoder(m, weights=weights, **(file if is_bare(m) else {})) for m in models]
-    for one in loaded:
-        if one.report is not None:
-            say(f"{one.name}: {one.report.text()}")
+    loaded = [load_one(m, weights=weights, **(file if is_bare(m) else {})) for m in models]
     with TemporaryDirectory() as scratch, reporting(console):
         folder = None if cache else Path(scratch)
         yield Subject(loaded, size=size, device=device(), folder=folder, say=say)
+
+
+def load_one(model: str, **options: Any) -> Loaded:
+    """An encoder, by `load_encoder`; told is what of a bare file's tensors was taken.  Raises UserError."""
+    check_file_options([model], options)
+    loaded = load_encoder(model, **options)
+    if loaded.report is not None:
+        say(f"{loaded.name}: {loaded.report.text()}")
+    return loaded
 
 
 def is_bare(model: str) -> bool:

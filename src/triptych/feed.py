@@ -8,10 +8,9 @@ import torch
 from triptych import distributed
 from triptych.data import placement
 from triptych.data.batches import Batches
-from triptych.data.loader import ViewDataset, close, default_workers, make_loader
+from triptych.data.loader import ViewDataset, close, default_workers, make_loader, next_of
 from triptych.data.sources import Source
 from triptych.data.views import Views
-from triptych.errors import UserError
 from triptych.methods import METHODS
 from triptych.recipe import Recipe
 from triptych.run_folder import stored
@@ -63,7 +62,7 @@ def first_views(recipe: Recipe, source: Source, patch_size: int, device: torch.d
     """This process's views of the first batch."""
     batches = view_batches(recipe, source, patch_size, device)
     try:
-        return next_batch(batches)[0]
+        return next_of(batches)[0]
     finally:
         close(batches)
 
@@ -79,10 +78,3 @@ def _cached(recipe: Recipe, source: Source, show: Callable[[str], None]) -> Sour
 
     workers = recipe.loader.workers
     return distributed.first_process_first(lambda: shrunk(source, side, workers=workers, show=progress))
-
-
-def next_batch(batches: Iterator[tuple[Views, list[str]]]) -> tuple[Views, list[str]]:
-    try:
-        return next(batches)
-    except UserError as error:  # from a worker it comes with that process's traceback around it
-        raise UserError(str(error).strip().split("UserError: ")[-1]) from None

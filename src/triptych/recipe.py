@@ -27,7 +27,7 @@ class HealthConfig(BaseModel):
     every: int = Field(default=1, ge=0)  # epochs between measurements, 0 = never
     images: int = Field(default=2000, ge=8)  # at most so many images of the data set, always the same ones
     k: int = Field(default=10, ge=1)  # neighbours of the k-NN probe, where labels are known
-    pictures: int = Field(default=4, ge=0, le=64)  # images whose tokens are drawn then, at the start and the end, 0 = none
+    pictures: int = Field(default=4, ge=0, le=64)  # images drawn then, at the start and the end; 0 = none
 
 
 class CheckpointConfig(BaseModel):

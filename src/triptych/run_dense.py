@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from rich.table import Table
 
 from triptych import distributed
 from triptych.data.annotated import (
@@ -14,12 +16,11 @@ from triptych.data.annotated import (
     open_videos,
     segmented_splits,
 )
-from triptych.encoders.load import Loaded, load_encoder
-from triptych.errors import UserError
 from triptych.evals import detection as detections
 from triptych.evals import segmentation as segmentations
 from triptych.evals.class_maps import figures as segmentation_figures
-from triptych.evals.click import ClickSettings, mean_target_area
+from triptych.evals.click import Averaging, ClickSettings, mean_target_area
+from triptych.evals.click_targets import Unit
 from triptych.evals.dense_protocols import of_click, of_patch_probe, of_similarity, of_video
 from triptych.evals.detection_presets import preset_of as detection_preset
 from triptych.evals.features import encoder_hash
@@ -28,7 +29,8 @@ from triptych.evals.presets import with_changes
 from triptych.evals.propagation import Settings
 from triptych.evals.published_dense import known_annotated, known_videos, published_dense
 from triptych.evals.segmentation_presets import preset_of as segmentation_preset
-from triptych.evaluation import console, is_bare, say, subject_of, writable
+from triptych.evals.subject import random_weights
+from triptych.evaluation import console, load_one, say, subject_of, tell_same, writable
 from triptych.progress import reporting
 from triptych.run_folder import slug
 from triptych.run_frozen import show
@@ -48,19 +50,14 @@ def eval_click(
 
 def target_area(data: str, *, size: int, patch_size: int, images: int | None, seed: int) -> None:
     """How large targets are in every reading of the paper, from the annotation alone."""
-    from typing import get_args
-
-    from rich.table import Table
-
-    from triptych.evals.click_targets import Unit
-
     source = open_annotated(data)
-    table = Table("targets", "mean area, %", "of all", "number", "skipped", title=f"{data}, {size} px")
+    title = f"{data}, {size} px: IoU % of a mask of all ones, averaged by"
+    table = Table("", *get_args(Averaging), "area %", "number", "skipped", title=title)
     with reporting(console):
         for unit in get_args(Unit):
             of = mean_target_area(source, unit, size=size, patch_size=patch_size, images=images, seed=seed)
-            measured = f"{of.floor['targets']:.2f}"
-            table.add_row(unit, measured, f"{of.every_target:.2f}", str(of.targets), str(of.skipped))
+            floors = [f"{of.floor[averaging]:.2f}" for averaging in get_args(Averaging)]
+            table.add_row(unit, *floors, f"{of.every_target:.2f}", str(of.targets), str(of.skipped))
     console.print(table)
 
 
@@ -125,8 +122,9 @@ def _trained(
 ) -> dict | None:
     """Train a network on an encoder, measure it, write the outcome down."""
     writable(out)
-    loaded = _loaded(model, weights)
-    folder = run or Path("runs") / slug(f"{preset.name}-{loaded.name}-{Path(data).name}-{seed}")
+    loaded = load_one(model, **weights)
+    asked = preset.name.removesuffix(" (changed)")
+    folder = run or Path("runs") / slug(f"{asked}-{loaded.name}-{Path(data).name}-{seed}")
     device = distributed.start()
     try:
         pair = distributed.first_process_first(lambda: _pair(*opened, data, test))
@@ -138,6 +136,7 @@ def _trained(
         return None
     about = {"model": loaded.name, "encoder": encoder_hash(loaded.encoder), "heads": loaded.encoder.heads}
     about |= {"settings": asdict(preset), "run": str(folder), "seed": seed} | about_images(train=pair[0], test=pair[1])
+    about |= random_weights(loaded)
     said = {field.name for field in fields(result)}
     about = {key: value for key, value in about.items() if key not in said}
     say(f"run: {folder}")
@@ -145,16 +144,13 @@ def _trained(
     return show(Outcome(protocol, preset.name, about, result, figures(result)), out)
 
 
-def _loaded(model: str, weights: dict[str, Any]) -> Loaded:
-    given = {name: value for name, value in weights.items() if name != "weights" and value}
-    if given and not is_bare(model):
-        raise UserError(f"--{next(iter(given))} is about bare files of weights; {model} is none, leave it out")
-    return load_encoder(model, **weights)
-
-
 def _pair(splits: Callable, open_one: Callable, data: str, test: str | None) -> tuple[Any, Any]:
     """(to train on, to measure on)."""
-    return splits(data) if test is None else (open_one(data), open_one(test))
+    if test is None:
+        return splits(data)
+    pair = open_one(data), open_one(test, measured=True)
+    tell_same(*pair)
+    return pair
 
 
 def _tell(known: str | None, protocol: str) -> None:

@@ -148,10 +148,11 @@ def _of_retrieval(plan: Plan, images: RetrievalSet) -> Measured:
 def _of_masks(plan: Plan) -> Callable[[str], Measured]:
     def opened(data: str) -> Measured:
         source = open_annotated(data)
+        pair: Any = None
         try:
             pair = segmented_splits(data)
-        except UserError:  # instances or videos, or no part to learn from: no linear layer on it
-            pair = None
+        except UserError as error:  # instances or videos, or no part to learn from: the table tells
+            pair = error
         return data, known_annotated(source) or data, [], lambda subject: on_masks(subject, source, pair, plan)
 
     return opened

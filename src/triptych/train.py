@@ -19,11 +19,11 @@ from rich.console import Console
 
 from triptych import checkpoint, distributed
 from triptych.data.batches import check_batch
-from triptych.data.loader import close
+from triptych.data.loader import close, next_of
 from triptych.data.sources import Source
 from triptych.data.views import Views
 from triptych.errors import Interrupted, NonFinite, UserError
-from triptych.feed import first_views, next_batch, settle_colour, view_batches
+from triptych.feed import first_views, settle_colour, view_batches
 from triptych.health import measure
 from triptych.log import Metrics, ProgressLine, duration
 from triptych.methods import SupervisedConfig
@@ -136,7 +136,7 @@ class Run:
         self._log(t, done.outs, done.waited, time.monotonic() - began)
 
     def _next_views(self, batches: Iterator) -> Views:
-        views, unreadable = next_batch(batches)
+        views, unreadable = next_of(batches)
         self._note_unreadable(unreadable)
         return views
 
@@ -212,15 +212,13 @@ class Run:
             dist.barrier()
 
     def _check_weights(self, step: int) -> None:
-        """A finite loss can have a gradient that is not: such weights are never saved.  Raises NonFinite."""
-        norms = torch.stack(torch._foreach_norm(list(self.method.parameters())))
-        if not norms.isfinite().all():
+        """Raises NonFinite."""
+        if not checkpoint.finite(self.method):
             raise NonFinite(f"the weights are not finite after step {step}; {self._kept()}")
 
     def _kept(self) -> str:
-        saved = checkpoint.steps(self.checkpoints)
-        which = f"the checkpoint of step {saved[-1]} is kept" if saved else "nothing was saved"
-        return f"{which}\nTry a lower --optim.lr, a longer --optim.warmup, or --precision fp32"
+        advice = "Try a lower --optim.lr, a longer --optim.warmup, or --precision fp32"
+        return f"{checkpoint.kept(self.checkpoints)}\n{advice}"
 
     def _resume(self) -> int:
         found = checkpoint.steps(self.checkpoints)

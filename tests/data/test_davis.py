@@ -92,10 +92,17 @@ def test_davis_2016_has_one_object_and_may_list_pairs_of_frames(tmp_path, of):
     assert alone.name == "bikes"
 
 
-def test_grey_masks_of_0_and_255_are_object_1_and_255_beside_objects_is_void(tmp_path):
-    masks = [objects(255, 255, mode="L"), objects(0, mode="L"), objects(255, 2)]
+def test_where_the_first_mask_is_of_0_and_255_that_is_object_1(tmp_path):
+    masks = [objects(255, 255, mode="L"), objects(0, mode="L"), objects(0, 255, mode="L")]
     (video,) = open_videos(in_folder(tmp_path, videos(bear=masks)))
-    assert [video.mask(i)[0].tolist() for i in range(3)] == [[1, 1, 0, 0, 0, 0], [0] * 6, [0, 2, 0, 0, 0, 0]]
+    assert [video.mask(i)[0].tolist() for i in range(3)] == [[1, 1, 0, 0, 0, 0], [0] * 6, [0, 1, 0, 0, 0, 0]]
+
+
+def test_255_beside_objects_is_void_also_in_frames_that_hold_nothing_else(tmp_path):
+    path = in_folder(tmp_path, videos(bear=[objects(1, 255), objects(255, 2), objects(0, 255)]))
+    (video,) = open_videos(path)
+    assert [video.mask(i)[0, :2].tolist() for i in range(3)] == [[1, 255], [255, 2], [0, 255]]
+    assert open_annotated(path).classes == ("bear/1", "bear/2"), "void is no object"
 
 
 def test_masks_without_a_palette_get_that_of_davis(tmp_path):

@@ -101,6 +101,35 @@ def test_a_loss_that_is_not_finite_is_named_and_never_saved(tmp_path):
         trained(tmp_path / "run", model=Bad())
 
 
+class Root(Line):
+    """Finite losses; at step 3 the gradient of √0 is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, batch):
+        self.calls += 1
+        return {"root": (self.linear.weight * (self.calls != 4)).square().sum().sqrt()}
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_weights_that_are_not_finite_are_never_saved_and_the_last_good_ones_are_kept(tmp_path, steps):
+    with pytest.raises(NonFinite, match="weights are not finite after step 4; the checkpoint of step 2 is kept"):
+        trained(tmp_path / "run", steps=steps, model=Root(), save_every=2)
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [2]
+
+
+def test_a_training_that_failed_before_its_first_checkpoint_may_be_begun_anew(tmp_path):
+    class Bad(Line):
+        def forward(self, batch):
+            raise UserError("too small")
+
+    with pytest.raises(UserError, match="too small"):
+        trained(tmp_path / "run", model=Bad(), about={"size": 1})
+    trained(tmp_path / "run", steps=2, about={"size": 2})
+
+
 def test_frozen_parameters_stay_as_they_are(tmp_path):
     model = Line()
     model.linear.bias.requires_grad_(False)
@@ -111,7 +140,7 @@ def test_frozen_parameters_stay_as_they_are(tmp_path):
 def test_batches_from_a_later_step_are_those_of_an_unbroken_feed():
     whole = list(islice(feed(0), 7))
     late = list(islice(feed(4), 3))
-    for a, b in zip(whole[4:], late, strict=True):
+    for (a, _), (b, _) in zip(whole[4:], late, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -123,7 +152,8 @@ def unreadable_third(index, rng, broken=(3,)):
 
 def test_an_image_that_cannot_be_read_is_replaced_and_none_at_all_is_an_error():
     seen = list(islice(examples(unreadable_third, 8, batch=4, seed=0, collate=torch.stack, workers=0), 6))
-    assert 3 not in torch.cat(seen).tolist()
+    assert 3 not in torch.cat([batch for batch, _ in seen]).tolist()
+    assert [said.split(":")[0] for _, reasons in seen for said in reasons] == ["3"] * 3  # once in each epoch
     every = partial(unreadable_third, broken=tuple(range(8)))
     with pytest.raises(UserError, match="in a row cannot be read"):
         next(examples(every, 8, batch=4, seed=0, collate=torch.stack, workers=0))

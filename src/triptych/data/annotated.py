@@ -76,10 +76,13 @@ def open_annotated(spec: str | Path, split: str | None = None) -> Annotated:
     return source
 
 
-def open_segmented(spec: str | Path, split: str | None = None) -> Segmented:
-    """Images with a class for every pixel.  split: None is the part to train on.  Raises UserError."""
+def open_segmented(spec: str | Path, split: str | None = None, *, measured: bool = False) -> Segmented:
+    """Images with a class for every pixel.  split: None is the part to train on, or, if so wanted, to measure on.
+
+    Raises UserError.
+    """
     place = _place(spec, tuple(LAYOUTS))
-    found = _chosen(place, split, place.splits[0])
+    found = _chosen(place, split, _measured(place.splits) if measured else place.splits[0])
     return LAYOUTS[place.kind].open(_name(spec, split), place.tree, found)
 
 
@@ -92,12 +95,13 @@ def segmented_splits(spec: str | Path) -> tuple[Segmented, Segmented]:
     return train, measured
 
 
-def open_coco(spec: str | Path, split: str | None = None) -> CocoSource:
-    """Images with boxes, and masks where the file has them.  split: None is the part to train on.  Raises UserError."""
+def open_coco(spec: str | Path, split: str | None = None, *, measured: bool = False) -> CocoSource:
+    """Images with boxes, and masks where the file has them.  split: as of `open_segmented`.  Raises UserError."""
     if (coco := _coco_file(spec, split)) is not None:
         return coco
     place = _place(spec, ("coco",))
-    return open_split(_name(spec, split), place.tree, _chosen(place, split, place.splits[0]))
+    found = _chosen(place, split, _measured(place.splits) if measured else place.splits[0])
+    return open_split(_name(spec, split), place.tree, found)
 
 
 def coco_splits(spec: str | Path) -> tuple[CocoSource, CocoSource]:
@@ -107,7 +111,7 @@ def coco_splits(spec: str | Path) -> tuple[CocoSource, CocoSource]:
     if train.classes != measured.classes:
         raise UserError(
             f"{train.json_path.name} and {measured.json_path.name} of {place.tree.path} have other categories: they "
-            "must be the same, in number, ids and names"
+            "must have the same names"
         )
     return train, measured
 

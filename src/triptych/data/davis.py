@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from triptych.data.images import UnreadableImage, to_rgb
-from triptych.data.regions import Region
+from triptych.data.regions import IGNORE, Region
 from triptych.data.segmented import check_size, numbers_of, read_indices
 from triptych.data.stored import reason
 from triptych.data.subsets import digest
@@ -60,7 +60,7 @@ class Video:
     def mask(self, i: int) -> np.ndarray | None:
         """(H, W) uint8: 0 background, then numbers of objects; None where the frame is not annotated.
 
-        255 is object 1 in a mask that has no other number (DAVIS-2016's form), and background else (DAVIS's "void").
+        255 is object 1 where the first mask has no other number (DAVIS-2016's form); else it stays: void, IGNORE.
         Raises UnreadableImage, and UserError for another size than the first frame's.
         """
         position = self.masks[i]
@@ -68,9 +68,14 @@ class Video:
             return None
         values = read_indices(self.tree, position)
         check_size(self.key(i), self.size, self.tree.keys[position], values)
-        if self.single or not ((values > 0) & (values < 255)).any():
-            return (values > 0).astype(np.uint8)
-        return np.where(values == 255, 0, values).astype(np.uint8)
+        return (values > 0).astype(np.uint8) if self.single or self._of_2016 else values.astype(np.uint8)
+
+    @cached_property
+    def _of_2016(self) -> bool:
+        """Is 255 the object?"""
+        first = next((position for position in self.masks if position is not None), None)
+        numbers = numbers_of(read_indices(self.tree, first)) if first is not None else []
+        return IGNORE in numbers and set(numbers) <= {0, IGNORE}
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -106,7 +111,7 @@ class AnnotatedFrames:
         for v, i in progress(frames, "objects of videos: frames", len(frames)):
             mask = videos[v].mask(i)
             assert mask is not None  # chosen so
-            objects |= {(v, number) for number in numbers_of(mask) if number}
+            objects |= {(v, number) for number in numbers_of(mask) if number not in (0, IGNORE)}
         self._category = {of: position for position, of in enumerate(sorted(objects))}
         self.classes = tuple(f"{videos[v].name}/{number}" for v, number in self._category)
 
@@ -128,7 +133,7 @@ class AnnotatedFrames:
         (video, i), v = self._at(index), int(self._frames[index, 0])
         mask = video.mask(i)
         assert mask is not None  # only annotated frames are here
-        return [Region(mask == n, self._category[v, n]) for n in numbers_of(mask) if n]
+        return [Region(mask == n, self._category[v, n]) for n in numbers_of(mask) if n not in (0, IGNORE)]
 
     def fingerprint(self) -> str:
         return digest(video.fingerprint() for video in self._videos)

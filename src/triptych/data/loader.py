@@ -2,9 +2,9 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import cv2
 import numpy as np
@@ -32,6 +32,8 @@ from triptych.data.pixels import Picture, cut, shrink_for
 from triptych.data.sources import Source
 from triptych.data.views import View, Views, ViewSpec
 from triptych.errors import UserError, nearest
+
+T = TypeVar("T")
 
 
 class ViewsConfig(BaseModel):
@@ -272,6 +274,25 @@ def in_worker(_: int) -> None:
 def default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def next_of(batches: Iterator[T]) -> T:
+    """The next batch of a DataLoader's iterator; a worker's UserError comes without that process's traceback."""
+    try:
+        return next(batches)
+    except UserError as error:
+        raise UserError(str(error).strip().split("UserError: ")[-1]) from None
+
+
+def unwrapped(loader: Iterable[T]) -> Iterator[T]:
+    """All batches, each as of `next_of`."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next_of(batches)
+        except StopIteration:
+            return
+        yield batch
 
 
 def close(batches: Iterator) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from triptych.data.archives import Zip
 from triptych.data.keys import EXTENSIONS, is_hidden
-from triptych.data.stores import Files, Store, walk, exists
+from triptych.data.stores import Files, Store, exists, walk
 from triptych.errors import UserError
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from triptych import checkpoint, distributed
-from triptych.data.loader import close
+from triptych.data.loader import close, next_of
 from triptych.errors import Interrupted, NonFinite, UserError
 from triptych.log import Metrics, ProgressLine, duration
 from triptych.optim import Decay, clip_gradients, parameter_groups, set_rates
@@ -63,7 +63,7 @@ def fit(
     """Train `model` in place, or go on with what lies in `out`; at the end it holds the weights after the last step.
 
     model: a batch, as `batches` gives it but on the device -> losses by name (scalars), whose sum is minimised; what
-    requires no gradient stays as it is.  batches: from an optimiser step on (`feed.examples`).  about: what identifies
+    requires no gradient stays as it is.  batches: `feed.examples` from an optimiser step on.  about: what identifies
     this training (settings, data, encoder), values that JSON can hold: another one in `out` is an error.
     Under torchrun every process calls it (`distributed.start` before); the first one writes.
     Raises UserError, NonFinite, Interrupted.
@@ -73,13 +73,13 @@ def fit(
 
 
 def claim(out: Path, about: Mapping[str, Any]) -> None:
-    """Write fit.json, or check that it says the same.  Raises UserError."""
+    """Write fit.json, or check that it says the same where there is a checkpoint.  Raises UserError."""
     if not distributed.is_main():
         return
     file, mine = out / "fit.json", json.loads(json.dumps(about))
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder")
-    if file.exists():
+    if file.exists() and checkpoint.steps(out / "checkpoints"):
         theirs = json.loads(file.read_text())
         keys = sorted(theirs.keys() | mine.keys())
         changed = [f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} now" for k in keys if theirs.get(k) != mine.get(k)]
@@ -87,7 +87,8 @@ def claim(out: Path, about: Mapping[str, Any]) -> None:
             lines = "\n  ".join(changed)
             raise UserError(f"{out} holds another training:\n  {lines}\nGive another folder, or remove this one")
         return
-    if out.exists() and any(path.name != "fit.part" for path in out.iterdir()):
+    begun = {"fit.part", "fit.json", "metrics.jsonl", "metrics.part", "tensorboard", "checkpoints"}  # nothing to lose
+    if out.exists() and any(path.name not in begun for path in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no training: give another folder")
     out.mkdir(parents=True, exist_ok=True)
     part = out / "fit.part"
@@ -102,18 +103,22 @@ class _Loop:
         groups = parameter_groups(model, settings.decay, settings.layer_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, fused=True)
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.pending: list[tuple[int, float, list[str], Tensor]] = []  # step, seconds, names, values
+        self.pending: list[tuple[int, list[str], Tensor]] = []  # step, names, values
+        self.unreadable: dict[str, None] = {}  # of this process, in the order in which they were met
 
     def run(self, batches: Callable[[int], Iterator[Any]]) -> None:
         steps, start = self.settings.steps, self._resume()
         if start >= steps:
             return
+        self.start, self.began = start, time.monotonic()
+        self.flushed = self.began
         main = distributed.is_main()
         self.metrics, self.line = Metrics(self.out, start) if main else None, ProgressLine(self.console, enabled=main)
         if start and main:
             self.console.print(f"going on from step {start} of {steps}", highlight=False)
-        called, feed = self._distributed(), batches(start)
+        called, feed = self._distributed(), iter(())
         try:
+            feed = batches(start)
             with self._training(), stop_signals() as stop:
                 for step in range(start, steps):
                     self._step(step, called, feed)
@@ -125,6 +130,10 @@ class _Loop:
         finally:
             close(feed)
             self.line.close()
+            if self.unreadable and main:
+                names = "\n  ".join(list(self.unreadable)[:5])
+                said = f"{len(self.unreadable)} training images could not be read and were replaced:\n  {names}"
+                self.console.print(said, highlight=False, markup=False, soft_wrap=True)
             if self.metrics:
                 self.metrics.close()
 
@@ -137,8 +146,9 @@ class _Loop:
             self.model.eval()
 
     def _step(self, step: int, called: nn.Module, feed: Iterator[Any]) -> None:
-        began = time.monotonic()
-        batch = on_device(_next(feed), self.device)
+        batch, unreadable = next_of(feed)
+        batch = on_device(batch, self.device)
+        self.unreadable |= dict.fromkeys(unreadable)
         seed_all(hash((self.seed, step, distributed.rank())))
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             losses = called(batch)
@@ -150,29 +160,32 @@ class _Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         values = torch.stack([x.detach().float() for x in (total, *losses.values())])
-        self.pending.append((step, time.monotonic() - began, ["loss", *losses], values))
+        self.pending.append((step, ["loss", *losses], values))
         if self.device.type == "cpu" or len(self.pending) >= 20:  # reading a loss waits for the GPU
             self._flush()
 
     def _flush(self) -> None:
         """Write pending rows.  Raises NonFinite."""
-        rows = [(step, s, dict(zip(names, v.tolist(), strict=True))) for step, s, names, v in self.pending]
+        if not self.pending:
+            return
+        rows = [(step, dict(zip(names, v.tolist(), strict=True))) for step, names, v in self.pending]
         self.pending.clear()
-        for step, seconds, terms in rows:
+        seconds, self.flushed = (time.monotonic() - self.flushed) / len(rows), time.monotonic()
+        for step, terms in rows:
             bad = [name for name, value in terms.items() if not abs(value) < float("inf")]
             if bad:
                 name = next((name for name in bad if name != "loss"), "loss")
-                kept = checkpoint.steps(self.out / "checkpoints")
-                saved = f"the checkpoint of step {kept[-1]} is kept" if kept else "nothing was saved"
-                raise NonFinite(f"the loss {name!r} is {terms[name]} at step {step}; {saved}\nTry a lower --lr")
+                raise NonFinite(f"the loss {name!r} is {terms[name]} at step {step}; {self._kept()}")
             if self.metrics:
                 lr = self.settings.lr * self.settings.rate(step)
                 self.metrics.write({"step": step, "lr": lr, "seconds": seconds} | terms)
-        if rows:
-            step, seconds, terms = rows[-1]
-            losses = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
-            left = duration(seconds * (self.settings.steps - step - 1))
-            self.line.show(f"step {step + 1}/{self.settings.steps}  {losses}  {seconds:.2f} s a step  left {left}")
+        step, terms = rows[-1]
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
+        left = duration((time.monotonic() - self.began) / (step + 1 - self.start) * (self.settings.steps - step - 1))
+        self.line.show(f"step {step + 1}/{self.settings.steps}  {losses}  {seconds:.2f} s a step  left {left}")
+
+    def _kept(self) -> str:
+        return f"{checkpoint.kept(self.out / 'checkpoints')}\nTry a lower --lr"
 
     def _distributed(self) -> nn.Module:
         if distributed.world_size() == 1:
@@ -183,6 +196,8 @@ class _Loop:
 
     def _save(self, step: int) -> None:
         self._flush()
+        if not checkpoint.finite(self.model):
+            raise NonFinite(f"the weights are not finite after step {step}; {self._kept()}")
         if distributed.is_main():
             if self.metrics:
                 self.metrics.flush()
@@ -199,13 +214,6 @@ class _Loop:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         return state["step"]
-
-
-def _next(feed: Iterator[Any]) -> Any:
-    try:
-        return next(feed)
-    except UserError as error:  # from a worker it comes with that process's traceback around it
-        raise UserError(str(error).strip().split("UserError: ")[-1]) from None
 
 
 def on_device(batch: Any, device: torch.device) -> Any:

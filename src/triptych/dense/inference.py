@@ -48,4 +48,4 @@ def predict(segmenter: Segmenter, image: np.ndarray, inference: Inference) -> Te
 def of_inputs(segmenter: Segmenter, inputs: list[Tensor], size: tuple[int, ...], inference: Inference) -> Tensor:
     """The class map (H, W) int64 of an image of this size, from what `inputs` made of it."""
     height, width = size[:2]
-    return class_map(list(inference.logits(segmenter, inputs)), height, width)
+    return class_map(inference.logits(segmenter, inputs), height, width)

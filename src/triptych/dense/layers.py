@@ -1,5 +1,6 @@
 """What the heads of dense tasks are built from."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -7,6 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm  # the module of this name refuses to be wrapped by DDP on a CPU
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from triptych.distributed import all_mean, all_mean_grad, world_size
 from triptych.losses import full_precision
@@ -55,6 +58,15 @@ def classifier(inputs: int, classes: int, dropout: float) -> nn.Sequential:
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return nn.Sequential(nn.Dropout2d(dropout), conv)
+
+
+def fpn(inputs: Sequence[int], channels: int, extra: ExtraFPNBlock | None = None) -> FeaturePyramidNetwork:
+    """torchvision's, initialised as mmseg's and mmdet's (Xavier-uniform)."""
+    module = FeaturePyramidNetwork(list(inputs), channels, extra)
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.xavier_uniform_(conv.weight)
+    return module
 
 
 def resized(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

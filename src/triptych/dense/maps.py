@@ -34,6 +34,14 @@ def _map(tokens: Tokens, norm: bool = True) -> Tensor:
     return (tokens.patch if norm else tokens.patch_raw).transpose(1, 2).unflatten(2, tokens.grid)
 
 
+def scaled_blocks(of_twelve: Sequence[int], depth: int) -> list[int]:
+    """Blocks of an encoder of 12 blocks -> those as deep in one of `depth`, counted from 1; shallow ones repeat some.
+
+    Rounded, halves up: 6 8 10 12 are 12 16 20 24 of 24 blocks, and 2 3 3 4 of 4.
+    """
+    return [max(1, (2 * b * depth + 12) // 24) for b in of_twelve]
+
+
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """(..., H, W) with zeros below and to the right, so that both sides are multiples."""
     rows, columns = images.shape[-2:]

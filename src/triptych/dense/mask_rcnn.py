@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from triptych.dense.cascade import CascadeHeads, HeadsConfig
+from triptych.dense.layers import fpn
 from triptych.dense.pyramid import Pyramid
 from triptych.errors import UserError
 
@@ -64,7 +64,7 @@ class Detector(nn.Module):
         c, strides = config.heads.channels, pyramid.strides
         self.pyramid = pyramid
         self.multiple = math.lcm(*(round(s) for s in (strides[-1], pyramid.encoder.patch_size)))
-        self.fpn = FeaturePyramidNetwork(pyramid.channels, c, LastLevelMaxPool())
+        self.fpn = fpn(pyramid.channels, c, LastLevelMaxPool())
         self.rpn = _proposals(config, [*strides, 2 * strides[-1]])
         self.heads = CascadeHeads(config.heads, strides, classes, masks)
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from triptych.dense.layers import BatchNorm2d
-from triptych.dense.maps import feature_maps
+from triptych.dense.maps import feature_maps, scaled_blocks
 from triptych.encoders import Encoder
 from triptych.encoders.swin import Swin
 from triptych.errors import UserError
@@ -67,7 +67,7 @@ def four_blocks(encoder: Encoder, blocks: Sequence[int] | None, of_twelve: Seque
     Raises UserError for blocks that are not four of the encoder's.
     """
     if blocks is None:
-        return [max(1, (2 * b * encoder.depth + 12) // 24) for b in of_twelve]
+        return scaled_blocks(of_twelve, encoder.depth)
     if len(blocks) != 4:
         raise UserError(f"--blocks {' '.join(map(str, blocks))}: a pyramid has four levels, so name four blocks")
     encoder.check_blocks(blocks)

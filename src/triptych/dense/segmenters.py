@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from triptych.data.annotated import IGNORE
 from triptych.dense.layers import BatchNorm2d, classifier, resized
-from triptych.dense.maps import feature_maps, pad_to_multiple, to_train
+from triptych.dense.maps import feature_maps, pad_to_multiple, scaled_blocks, to_train
 from triptych.encoders import Encoder
 from triptych.encoders.swin import Swin
 from triptych.errors import UserError
@@ -97,14 +97,6 @@ def _blank(encoder: Encoder) -> Tensor:
     return torch.zeros(1, 3, *[2 * encoder.patch_size] * 2, dtype=like.dtype, device=like.device)
 
 
-def scaled_blocks(of_twelve: Sequence[int], depth: int) -> list[int]:
-    """Blocks of an encoder of 12 blocks -> those as deep in one of `depth`, counted from 1; shallow ones repeat some.
-
-    Rounded, halves up: 6 8 10 12 are 12 16 20 24 of 24 blocks, and 2 3 3 4 of 4.
-    """
-    return [max(1, (2 * b * depth + 12) // 24) for b in of_twelve]
-
-
 def blocks_of(preset: "SegmentationPreset", encoder: Encoder) -> list[int] | None:
     """That the preset taps in this encoder, counted from 1: its own, or those as deep; a linear layer takes each once.
 
@@ -122,6 +114,7 @@ def build_segmenter(preset: "SegmentationPreset", encoder: Encoder, classes: int
     What is initialised is drawn from torch's global generator.  Raises UserError for blocks that are not there.
     """
     blocks = blocks_of(preset, encoder)
+    encoder = encoder if preset.prefix else encoder.without("prefix")
     if preset.head == "linear":
         assert blocks is not None
         return LinearSegmenter(encoder, classes, blocks, norm=preset.norm, batch_norm=preset.batch_norm)

@@ -10,9 +10,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork
 
-from triptych.dense.layers import classifier, conv_norm_relu, resized
+from triptych.dense.layers import classifier, conv_norm_relu, fpn, resized
 from triptych.dense.maps import feature_maps
 from triptych.dense.pyramid import Pyramid, four_blocks
 from triptych.dense.segmenters import Segmenter
@@ -75,15 +74,6 @@ class FlatMaps(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return feature_maps(self.encoder, images, self.blocks, norm=self.norm)
-
-
-def fpn(inputs: Sequence[int], channels: int) -> FeaturePyramidNetwork:
-    """torchvision's, initialised as mmseg's and mmdet's (Xavier-uniform)."""
-    module = FeaturePyramidNetwork(list(inputs), channels)
-    for conv in module.modules():
-        if isinstance(conv, nn.Conv2d):
-            nn.init.xavier_uniform_(conv.weight)
-    return module
 
 
 def _scale_head(inputs: int, channels: int, level: int) -> nn.Sequential:

@@ -1,10 +1,13 @@
 """From logits to class maps of whole images: in one piece or window by window (mmsegmentation's `slide_inference`)."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from triptych.losses import full_precision
 
 Logits = Callable[[Tensor], Tensor]
 """(B, 3, H, W) -> (B, C, H, W): a network whose logits are already brought to the size of its input."""
@@ -50,28 +53,34 @@ def slide(logits: Logits, images: Tensor, crop: int, stride: int, *, batch: int 
     return total.div_(cover)
 
 
-def class_map(logits: Sequence[Tensor], height: int, width: int) -> Tensor:
+def class_map(logits: Iterable[Tensor], height: int, width: int) -> Tensor:
     """Logits (C, h, w) of one image, at one or several sizes -> its classes (height, width) int64.
 
     Each is brought to the image's own size, bilinearly (align_corners False); of several, the mean of the softmax
-    counts.  In bands of rows: 150 classes at full size would take gigabytes.
+    counts.  Of one, in bands of rows, as 150 classes at full size would take gigabytes; of several one after the other
+    is taken, and the sum of their probabilities is held: 4 C height width bytes.
     """
-    rows = max(1, BAND // (len(logits[0]) * width))
-    bands = []
+    logits = iter(logits)
+    first, second = next(logits), next(logits, None)
+    if second is not None:
+        votes = first.new_zeros(len(first), height, width, dtype=full_precision(first[:0]).dtype)
+        for one in itertools.chain([first, second], logits):
+            for band in _bands(len(one), height, width):
+                votes[:, band.start : band.stop] += _band(one, band, height, width).softmax(0)
+        return votes.argmax(0)
+    return torch.cat([_band(first, band, height, width).argmax(0) for band in _bands(len(first), height, width)])
+
+
+def _bands(classes: int, height: int, width: int) -> Iterator[range]:
+    rows = max(1, BAND // (classes * width))
     for top in range(0, height, rows):
-        band = range(top, min(top + rows, height))
-        votes = _band(logits[0], band, height, width)
-        if len(logits) > 1:
-            votes = votes.softmax(0)
-            for other in logits[1:]:
-                votes += _band(other, band, height, width).softmax(0)
-        bands.append(votes.argmax(0))
-    return torch.cat(bands)
+        yield range(top, min(top + rows, height))
 
 
 def _band(logits: Tensor, rows: range, height: int, width: int) -> Tensor:
     """Some rows of F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)."""
     y = (torch.arange(rows.start, rows.stop, device=logits.device) * 2 + 1) / height - 1
     x = (torch.arange(width, device=logits.device) * 2 + 1) / width - 1
-    grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, width)], -1).to(logits.dtype)
-    return F.grid_sample(logits[None], grid[None], padding_mode="border", align_corners=False)[0]
+    grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, width)], -1)
+    logits = full_precision(logits)  # and so are the places: bfloat16 has 256 of them to 1
+    return F.grid_sample(logits[None], grid[None].to(logits.dtype), padding_mode="border", align_corners=False)[0]

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from triptych.data.annotated import IGNORE, Segmented
 from triptych.data.images import UnreadableImage
-from triptych.data.loader import default_workers, in_worker
+from triptych.data.loader import default_workers, in_worker, unwrapped
 from triptych.dense.miou import Confusion, constant_scores
 from triptych.dense.segment_data import read_pair
 from triptych.errors import UserError
@@ -65,7 +65,7 @@ def measure(
         num_workers=min(default_workers() if workers is None else workers, len(val)),
         worker_init_fn=in_worker,
     )
-    for pair in progress(loader, "segmenting image", len(val)):
+    for pair in progress(unwrapped(loader), "segmenting image", len(val)):
         if pair is None:
             continue
         tensors, labels = pair

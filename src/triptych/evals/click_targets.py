@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from triptych.data.images import UnreadableImage
-from triptych.data.loader import default_workers, in_worker
+from triptych.data.loader import default_workers, in_worker, unwrapped
 from triptych.data.regions import Annotated, Region
 from triptych.encoders import Encoder
 from triptych.errors import UserError
@@ -207,7 +207,7 @@ class AnnotatedTokens:
             pin_memory=torch.device(self.device).type == "cuda",
         )
         readable = 0
-        for every, pixels in progress(loader, f"images of {self.source.name}:", len(chosen), each=batch):
+        for every, pixels in progress(unwrapped(loader), f"images of {self.source.name}:", len(chosen), each=batch):
             readable += sum(targets.readable for targets in every)
             tokens = iter(()) if pixels is None else iter(self._tokens(pixels))
             for targets in every:

@@ -1,12 +1,13 @@
 """Protocols on patch tokens of frozen encoders: a subject in, an outcome out; shared by commands and suite."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from triptych.data.annotated import Annotated, Segmented
-from triptych.data.davis import AnnotatedFrames, Video
+from triptych.data.davis import Video
+from triptych.data.subsets import digest
 from triptych.encoders.load import Loaded
 from triptych.errors import UserError
 from triptych.evals import click as clicks
@@ -44,7 +45,8 @@ def of_video(
     """name: of the set.  out: folder of the index masks; None = for the scores only."""
     options: dict[str, Any] = {"out": out, "device": subject.device, "precision": subject.precision}
     result = videos_.video(_only(subject).encoder, videos, settings, **options)
-    about = _about(subject, result, test=AnnotatedFrames(name, list(videos)))
+    images = {"name": name, "fingerprint": digest(video.fingerprint() for video in videos)}
+    about = _about(subject, result) | {"test": images}
     return Outcome("video", f"{settings.size} px", about, result, videos_.figures(result))
 
 
@@ -53,7 +55,10 @@ def of_patch_probe(subject: Subject, train: Segmented, test: Segmented, *, seed:
     model = _only(subject)
     result = patch_probe(model, train, test, device=subject.device, seed=seed, **settings)
     about = _about(subject, result, train=train, test=test)
-    return Outcome("probe", f"{result.size} px", about, result, map_figures(result))
+    note = f"{result.patches} patches of {result.probed_images} images"
+    note += "" if result.converged else "; NOT CONVERGED"
+    figures = [replace(figure, note="; ".join(filter(None, (figure.note, note)))) for figure in map_figures(result)]
+    return Outcome("probe", f"{result.size} px", about, result, figures)
 
 
 def _only(subject: Subject) -> Loaded:

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from triptych import distributed
+from triptych.data.batches import check_batch
 from triptych.data.coco import CocoSource
 from triptych.data.images import UnreadableImage
 from triptych.dense.coco_ap import AP, coco_ap, encoded, evaluator, pasted
@@ -75,11 +76,13 @@ def detection(
     """
     preset, device = preset_of(preset), torch.device(device)
     _check(train, test)
-    masks, steps = train.has_masks and test.has_masks, preset.count(len(train))
+    say = console or Console(quiet=True)
+    masks, steps = _masks(train, test, say), preset.count(len(train))
+    check_batch(len(train), preset.batch, 1, distributed.world_size())
     detector, settings = build(model, preset, len(train.classes), masks=masks, seed=seed), _settings(preset, steps)
     make, pin = TrainScenes(train, preset.sizes, masks), device.type == "cuda"
     drawn = {"batch": preset.batch, "seed": seed, "collate": as_list, "workers": workers, "pin": pin}
-    about = {"preset": asdict(preset), "steps": steps, "masks": masks, "seed": seed, "model": model.name}
+    about = {"preset": _trained_by(preset), "steps": steps, "masks": masks, "seed": seed, "model": model.name}
     fit(
         detector,
         lambda start: examples(make, len(train), start=start, **drawn),
@@ -88,7 +91,7 @@ def detection(
         about=about | {"encoder": encoder_hash(model.encoder)} | about_images(train=train),
         seed=seed,
         device=device,
-        console=console or Console(quiet=True),
+        console=say,
     )
     if not distributed.is_main():
         return None
@@ -105,6 +108,30 @@ def detection(
         detections=str(out / DETECTIONS),
         **_said(preset),
     )
+
+
+def _masks(train: CocoSource, test: CocoSource, console: Console) -> bool:
+    """Are masks learned and measured?  Told where some of the objects have one and others not."""
+    for source in (train, test):
+        objects = sum(len(source.boxes(i).ids) for i in range(len(source)))
+        if 0 < source.without_mask < objects:
+            said = f"{source.without_mask} of {objects} objects of {source.name} have no mask: boxes alone"
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
+    return train.has_masks and test.has_masks
+
+
+TESTING = ("test_size", "test_proposals", "score", "nms", "detections", "save_every", "name")
+"""Of a preset, at any depth: what may change after the training."""
+
+
+def _trained_by(preset: DetectionPreset) -> dict[str, Any]:
+    """The settings that decide a training."""
+
+    def without(values: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in values.items() if name not in TESTING}
+        return {name: without(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+    return without(asdict(preset))
 
 
 def _said(preset: DetectionPreset) -> dict[str, Any]:
@@ -207,5 +234,6 @@ def _settings(preset: DetectionPreset, steps: int) -> Fit:
         weight_decay=preset.weight_decay,
         layer_decay=preset.layer_decay,
         clip=preset.clip,
+        save_every=preset.save_every,
         precision=preset.precision,
     )

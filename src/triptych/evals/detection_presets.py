@@ -34,6 +34,7 @@ class DetectionPreset:
     weight_decay: float = 0.05  # not on biases, norms, tokens and positions
     clip: float | None = None  # norm that all gradients together may have
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it fast
+    save_every: int = 500  # steps
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     sizes: Sizes = field(default_factory=Sizes)
 
@@ -124,6 +125,7 @@ PRESETS: Mapping[str, DetectionPreset] = {
             steps=500,
             warmup=30,
             clip=1.0,
+            save_every=100,
             detector=_SMALL,
             sizes=_SMALL_SIZES,
         ),
@@ -136,6 +138,7 @@ PRESETS: Mapping[str, DetectionPreset] = {
             steps=300,
             warmup=30,
             clip=1.0,
+            save_every=100,
             detector=_SMALL_CASCADE,
             sizes=_SMALL_SIZES,
         ),

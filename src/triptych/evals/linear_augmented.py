@@ -14,7 +14,7 @@ from torch import Tensor
 
 from triptych.data.batches import Batches
 from triptych.data.crops import Crop
-from triptych.data.loader import LoaderConfig, ViewDataset, ViewsConfig, close, make_loader
+from triptych.data.loader import LoaderConfig, ViewDataset, ViewsConfig, close, make_loader, next_of
 from triptych.data.sources import Source
 from triptych.data.subsets import Subset
 from triptych.data.views import ViewSpec
@@ -28,7 +28,6 @@ from triptych.evals.linear_presets import LinearPreset, Norm, preset_of
 from triptych.evals.probe import Probe
 from triptych.evals.selection import Token, check_token, select
 from triptych.evals.transform import EvalTransform
-from triptych.feed import next_batch
 from triptych.precision import fast_precision
 from triptych.progress import progress
 from triptych.schedules import Progress
@@ -156,7 +155,7 @@ class _Views:
         erase = RandomErasing(a.erase, mode="pixel", device=device)  # type: ignore[arg-type]
         try:
             for rows in progress(order, f"linear probe on augmented {self.source.name}, part", len(order)):
-                given, unreadable = next_batch(loader)
+                given, unreadable = next_of(loader)
                 views = given.on_device(device, mean, std)
                 free = torch.ones(len(rows), dtype=torch.bool)
                 if self.held is not None:  # an image that replaces an unreadable one may be one that is held out

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from triptych.data.annotated import IGNORE, Segmented
 from triptych.data.images import UnreadableImage
-from triptych.data.loader import default_workers, in_worker
+from triptych.data.loader import default_workers, in_worker, unwrapped
 from triptych.dense.maps import patch_map
 from triptych.dense.segment_data import normalised, read_pair, resize_image, resize_mask
 from triptych.dense.slide import class_map
@@ -142,7 +142,9 @@ class Probe:
 
     def logits(self, features: Tensor) -> Tensor:
         """(D, rows, columns) -> (known classes, rows, columns)"""
-        return (self._rows(features.float().permute(1, 2, 0)) @ self.weight).permute(2, 0, 1)
+        rows = self._rows(features.float().permute(1, 2, 0))
+        with torch.autocast(rows.device.type, enabled=False):  # what is told apart are small differences
+            return (rows @ self.weight).permute(2, 0, 1)
 
 
 def _class_map(model: Loaded, probe: Probe, inputs: list[Tensor], size: tuple[int, int]) -> Tensor:
@@ -171,7 +173,7 @@ def train_patches(
         worker_init_fn=in_worker,
     )
     x, labels = [], []
-    for pixels, places, classes in _read(progress(loader, "patches of image", len(drawn))):
+    for pixels, places, classes in _read(progress(unwrapped(loader), "patches of image", len(drawn))):
         features = patch_map(model.encoder, pixels[None].to(device))[0].flatten(1)  # (D, patches)
         x.append(features[:, places.to(device)].T.float())
         labels.append(classes)

@@ -31,6 +31,8 @@ from triptych.evals.features import encoder_hash
 from triptych.evals.frozen import frozen
 from triptych.evals.segmentation_presets import SegmentationPreset, preset_of
 
+PRESET = "preset.json"
+"""In the folder: how it was measured last, beside fit.json, which says how it was trained."""
 TESTING = ("mode", "stride", "scales", "flip", "save_every")  # of a preset: may change after the training
 
 
@@ -92,6 +94,7 @@ def segmentation(
     fit(_Training(segmenter), feed, settings, out=out, about=about, seed=seed, device=place, console=say)
     if not distributed.is_main():
         return None
+    (out / PRESET).write_text(json.dumps(asdict(preset), indent=2) + "\n")
     inference = preset.inference(model)
     with frozen(segmenter, place, settings.dtype(place)):
         predictor = partial(of_inputs, segmenter, inference=inference)
@@ -120,16 +123,18 @@ def segmentation(
 def load_segmenter(out: Path, model: Loaded) -> tuple[Segmenter, Inference, tuple[str, ...]]:
     """What `segmentation` trained in a folder on this encoder, how images go in, and the names of classes.
 
-    In eval mode, on the CPU; for `dense.inference.predict`.  Raises UserError where there is no such training.
+    In eval mode, on the CPU, with windows and scales as it was measured last; for `dense.inference.predict`.
+    Raises UserError where there is no such training.
     """
     steps = checkpoint.steps(out / "checkpoints")
-    if not steps or not (out / "fit.json").exists():
+    if not steps or not (out / PRESET).exists():
         raise UserError(f"{out} holds no trained segmenter: give the folder of `triptych eval segmentation`")
     about = json.loads((out / "fit.json").read_text())
     if about["encoder"] != encoder_hash(model.encoder):
         raise UserError(f"{out} was trained on {about['model']}, not on {model.name}: give that encoder")
-    saved: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in about["preset"].items()}
-    preset, classes = SegmentationPreset(**saved, stride=0), tuple(about["classes"])
+    saved = json.loads((out / PRESET).read_text())
+    preset = SegmentationPreset(**{n: tuple(v) if isinstance(v, list) else v for n, v in saved.items()})
+    classes = tuple(about["classes"])
     segmenter = build_segmenter(preset, model.encoder, len(classes))
     state = checkpoint.load(checkpoint.path_of(out / "checkpoints", steps[-1]))
     _Training(segmenter).load_state_dict(state["model"])
@@ -156,7 +161,7 @@ def _about(
     preset: SegmentationPreset, model: Loaded, train: Segmented, classes: Sequence[str], seed: int
 ) -> dict[str, Any]:
     """What identifies a training."""
-    settings = {name: value for name, value in asdict(preset).items() if name not in TESTING}
+    settings = {name: value for name, value in asdict(preset).items() if name not in ("name", *TESTING)}
     images = {"name": train.name, "fingerprint": train.fingerprint()}
     about = {"model": model.name, "encoder": encoder_hash(model.encoder), "classes": list(classes), "seed": seed}
     return about | {"preset": settings, "train": images}

@@ -29,6 +29,7 @@ class SegmentationPreset:
     layer_decay: float = 1.0  # γ of the encoder's rates
     drop_path: float = 0.0  # stochastic depth of the last block
     blocks: tuple[int, ...] | None = None  # of this encoder, instead of those as deep
+    prefix: bool = True  # class tokens and registers stay in the encoder; False: it is fed patches alone (UDI)
     norm: bool = True  # the encoder's final norm on the tokens of all blocks
     batch_norm: bool = True  # before the linear layer
     crop: int = 512  # pixels: of training, and of windows
@@ -160,6 +161,7 @@ FPN_UDI = SegmentationPreset(
     weight_decay=0.01,
     drop_path=0.1,
     norm=False,
+    prefix=False,
     mode="whole",
 )
 """UDI: Semantic FPN on ADE20K, 40 000 steps, 4 images per GPU (here: 4 GPUs), rate 6e-5, weight decay .01.

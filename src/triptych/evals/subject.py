@@ -27,6 +27,12 @@ class Features:
     indices: Tensor  # (N,) int64 into the source
 
 
+def random_weights(*models: Loaded) -> dict[str, Any]:
+    """For a result: which tensors of bare files were missing, and are random."""
+    names = [name for m in models if m.report is not None for name in m.report.missing]
+    return {"random_weights": names} if names else {}
+
+
 class Subject:
     """Encoders under evaluation.  Features come from the cache, or go there.
 
@@ -70,9 +76,7 @@ class Subject:
             "interpolation": [t.interpolation for t in transforms],
         }
         found = {key: values[0] if len(values) == 1 else values for key, values in each.items()}
-        random = [name for m in self.models if m.report is not None for name in m.report.missing]
-        more = {"random_weights": random} if random else {}
-        return found | {"precision": str(self.precision).removeprefix("torch.")} | more
+        return found | {"precision": str(self.precision).removeprefix("torch.")} | random_weights(*self.models)
 
     def tokens(self) -> list[Token]:
         """Those that every one of the encoders has, and that are not the same."""

@@ -95,8 +95,12 @@ def on_retrieval(subject: Subject, images: RetrievalSet, plan: Plan) -> list[Job
     return [("retrieval", job)] if "retrieval" in plan.protocols else []
 
 
-def on_masks(subject: Subject, source: Annotated, pair: tuple[Segmented, Segmented] | None, plan: Plan) -> list[Job]:
-    """On images with masks; pair: to learn a linear layer from and to measure it on, where every pixel has a class."""
+Parts = tuple[Segmented, Segmented] | UserError
+"""(to learn from, to measure on), or why there are none."""
+
+
+def on_masks(subject: Subject, source: Annotated, pair: Parts, plan: Plan) -> list[Job]:
+    """On images with masks; pair: for the probe."""
     jobs: list[Job] = []
     size, seed = plan.dense_size, plan.seed
     if "click" in plan.protocols:
@@ -105,9 +109,15 @@ def on_masks(subject: Subject, source: Annotated, pair: tuple[Segmented, Segment
         # A frame of a video may have one object: all else is then what is different.
         options = {"size": size, "seed": seed, "background": isinstance(source, AnnotatedFrames)}
         jobs.append(("similarity", partial(dense.of_similarity, subject, source, **options)))
-    if "probe" in plan.protocols and pair is not None:
-        jobs.append(("probe", partial(dense.of_patch_probe, subject, *pair, seed=seed)))
+    if "probe" in plan.protocols:
+        jobs.append(("probe", partial(_probe, subject, pair, seed)))
     return jobs
+
+
+def _probe(subject: Subject, pair: Parts, seed: int) -> Outcome:
+    if isinstance(pair, UserError):
+        raise pair
+    return dense.of_patch_probe(subject, *pair, seed=seed)
 
 
 def on_videos(subject: Subject, name: str, videos: Sequence[Video], plan: Plan) -> list[Job]:

@@ -48,8 +48,9 @@ class SideBySide:
         text = [f"### {self.data}", "", *map(_row, [self.head(), rule, *self.lines()])]
         if remarks := self.remarks():
             text += ["", *(f"- {remark}" for remark in remarks)]
-        protocols = {protocol for protocol, _, _ in self.rows}
-        reported = published(self.known, protocols) + [r for p in protocols for r in published_dense(self.known, p)]
+        protocols = dict.fromkeys(protocol for protocol, _, _ in self.rows)
+        reported = published(self.known, set(protocols))
+        reported += [row for protocol in protocols for row in published_dense(self.known, protocol)]
         if reported:
             text += ["", "Reported by the papers for encoders of theirs (not measured here):", ""]
             text += [_row(["protocol", "figure", "encoder", "reported"]), _row(["---"] * 3 + ["---:"])]

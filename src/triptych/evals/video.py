@@ -84,7 +84,8 @@ def video(
             pass
         scores = score(folder, videos)
     frames, kept = sum(map(len, videos)), None if out is None else str(out)
-    return VideoResult(scores, settings, str(precision), len(videos), frames, len(videos) - len(todo), kept)
+    said = str(precision).removeprefix("torch.")
+    return VideoResult(scores, settings, said, len(videos), frames, len(videos) - len(todo), kept)
 
 
 def figures(result: VideoResult) -> list[Figure]:
