@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -132,8 +133,7 @@ def load_segmenter(out: Path, model: Loaded) -> tuple[Segmenter, Inference, tupl
     about = json.loads((out / "fit.json").read_text())
     if about["encoder"] != encoder_hash(model.encoder):
         raise UserError(f"{out} was trained on {about['model']}, not on {model.name}: give that encoder")
-    saved = json.loads((out / PRESET).read_text())
-    preset = SegmentationPreset(**{n: tuple(v) if isinstance(v, list) else v for n, v in saved.items()})
+    preset = TypeAdapter(SegmentationPreset).validate_python(json.loads((out / PRESET).read_text()))
     classes = tuple(about["classes"])
     segmenter = build_segmenter(preset, model.encoder, len(classes))
     state = checkpoint.load(checkpoint.path_of(out / "checkpoints", steps[-1]))
