@@ -237,7 +237,7 @@ def eval_probe(
 def eval_segmentation(model: Model, *overrides: Overrides, preset: str = "linear_small", options: Trained) -> None:
     """Train a network of semantic segmentation on the encoder, frozen or tuned, and measure mIoU.
 
-    The same command goes on with what was stopped.  Other settings of the preset: `--steps 500 --lr 1e-3`; all of them
+    The same command goes on with what was stopped.  Other settings of the preset: `--steps 50 --warmup 5`; all of them
     are listed in docs/protocols/segmentation.md.
 
     Parameters
@@ -256,7 +256,7 @@ def eval_segmentation(model: Model, *overrides: Overrides, preset: str = "linear
 def eval_detection(model: Model, *overrides: Overrides, preset: str = "mask_rcnn_small", options: Trained) -> None:
     """Train a detector on the encoder, with masks where the data has them, and measure COCO's AP.
 
-    The same command goes on with what was stopped.  Other settings of the preset: `--steps 500 --lr 1e-3`; all of them
+    The same command goes on with what was stopped.  Other settings of the preset: `--steps 50 --warmup 5`; all of them
     are listed in docs/protocols/detection.md.
 
     Parameters

@@ -17,11 +17,13 @@ from triptych.data.annotated import (
     open_videos,
     segmented_splits,
 )
+from triptych.errors import UserError
 from triptych.evals import detection as detections
 from triptych.evals import segmentation as segmentations
 from triptych.evals.class_maps import figures as segmentation_figures
 from triptych.evals.click import ClickSettings, mean_target_area
 from triptych.evals.click_targets import Unit
+from triptych.evals.davis_metrics import is_measured
 from triptych.evals.dense_protocols import of_click, of_patch_probe, of_similarity, of_video
 from triptych.evals.detection_presets import preset_of as detection_preset
 from triptych.evals.features import encoder_hash
@@ -75,10 +77,13 @@ def eval_similarity(model: str, data: str, out: Path, *, subject: dict, **settin
 def eval_video(model: str, data: str, out: Path, *, subject: dict, masks: Path | None, **settings: Any) -> dict:
     writable(out)
     asked, videos = Settings(**settings), open_videos(data)
+    if masks is None and not any(is_measured(video) for video in videos):
+        raise UserError(f"{data}: no video has annotations to be scored on: say where to write masks, --masks FOLDER")
     with subject_of(model, **subject) as of:
         outcome = of_video(of, data, videos, asked, out=masks)
     if not outcome.figures:
-        say("no video has annotations beside its first mask: nothing to score")
+        say(f"no video has annotations to be scored on; masks: {masks}")
+        return {}
     _tell(known_videos(videos), "video")
     return show(outcome, out)
 
@@ -141,6 +146,8 @@ def _trained(
     about |= random_weights(loaded)
     said = {field.name for field in fields(result)}
     about = {key: value for key, value in about.items() if key not in said}
+    if getattr(result, "unreadable", 0):
+        say(f"{result.unreadable} images of {pair[1].name} cannot be read: left out")
     say(f"run: {folder}")
     _tell(known_annotated(pair[1]), protocol)
     return show(Outcome(protocol, preset.name, about, result, figures(result)), out)

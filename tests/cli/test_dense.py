@@ -1,6 +1,8 @@
 """Protocols on patch tokens from the command line: masks, videos, boxes; what is refused, and what is written down."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +180,35 @@ def test_a_mistake_is_told_before_any_work(words, said, here, capsys):
     assert said in refused(capsys, f"eval {words}")
     assert not Path("results.jsonl").exists() or not Path("results.jsonl").read_text()
     assert not Path("runs").exists()
+
+
+def test_a_mistake_that_a_worker_meets_ends_the_command_at_once(here):
+    """In a process of its own: workers that nobody ends would be waited for at its exit, for ever."""
+    broken = here / "broken"
+    write_masks(broken)
+    Image.fromarray(np.zeros((5, 7), np.uint8)).save(broken / "masks" / "val" / "2.png")
+    words = ["eval", "click", "run", "--data", "broken", "--size", "64"]
+    done = subprocess.run([sys.executable, "-m", "triptych", *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "they must agree" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_videos_without_annotations_need_a_folder_for_their_masks(here, capsys):
+    write_videos(here / "first_only", 1)
+    for path in (here / "first_only" / "Annotations" / "480p" / "film0").glob("*.png"):
+        if path.stem != "00000":
+            path.unlink()
+    assert "--masks FOLDER" in refused(capsys, "eval video run --data first_only --size 48")
+    main("eval video run --data first_only --size 48 --masks written".split())
+    assert len(list(Path("written/film0").glob("*.png"))) == 8
+    assert not Path("results.jsonl").read_text()
+
+
+def test_what_is_measured_on_other_images_is_their_held_out_part(here):
+    main(["eval", "probe", "run", "--data", "scenes_masks", "--test", "scenes_masks", "--size", "48"])
+    (row,) = rows()
+    assert (row["train_images"], row["val_images"]) == (8, 4)
 
 
 def test_published_figures_belong_to_protocols_that_exist():

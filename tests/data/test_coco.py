@@ -225,7 +225,15 @@ def test_a_fingerprint_tells_annotations_and_images_apart(tmp_path):
         ),
         ({"annotations": [annotation(4, 70, 1)]}, r"annotations \[4\] are of images or categories"),
         ({"annotations": [{"id": 4}]}, "KeyError: 'image_id'"),
-        ({"annotations": [annotation(4, 70, 9, bbox=[1, 2])]}, "IndexError"),
+        (
+            {"annotations": [annotation(4, 70, 9, bbox=[1, 2])]},
+            r"boxes of annotations \[4\] are not four finite numbers",
+        ),
+        (
+            {"annotations": [annotation(4, 70, 9, bbox=[float("nan"), 2, 3, 4])]},
+            r"annotations \[4\] are not four finite",
+        ),
+        ({"annotations": [annotation(4, 70, 9), annotation(4, 70, 3)]}, "an id is given to two annotations"),
         ({"images": []}, "it has no images"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "an id is given to two categories"),
         (
@@ -356,3 +364,9 @@ def test_bccd_has_boxes_alone():
     assert not train.has_masks
     with pytest.raises(UserError, match="2804 of 2804 objects"):
         train.regions(0)
+
+
+def test_masks_of_an_image_that_is_not_of_the_files_size_are_refused_without_decoding_it(tmp_path):
+    source = one(tmp_path, annotation(4, 70, 9), images=[{"id": 70, "file_name": "b.png", "height": 8, "width": 6}])
+    with pytest.raises(UserError, match=r"b\.png is 8 x 6 pixels, and .* says 6 x 8"):
+        source.regions(0)

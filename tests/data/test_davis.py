@@ -157,6 +157,17 @@ def test_a_broken_set_of_videos_is_refused_when_it_is_opened(tmp_path, changes, 
         open_videos(in_folder(tmp_path, files))
 
 
+def test_a_frame_that_is_missing_with_its_mask_leaves_a_gap_that_is_named(tmp_path):
+    five = videos(bear=[objects(1)] * 5)
+    whole = in_folder(tmp_path / "whole", five)
+    assert len(open_videos(whole)[0]) == 5
+    torn = {name: content for name, content in five.items() if "00002" not in name}
+    with pytest.raises(UserError, match="bear lacks frames after 00001"):
+        open_videos(in_folder(tmp_path / "torn", torn))
+    every_other = {name: content for name, content in five.items() if name[-9:-4] in ("00000", "00002", "00004")}
+    assert len(open_videos(in_folder(tmp_path / "every_other", every_other))[0]) == 3
+
+
 def test_frames_and_masks_of_another_size_are_named(tmp_path):
     changes = {
         "Annotations/480p/bear/00001.png": np.zeros((6, 4), np.uint8),

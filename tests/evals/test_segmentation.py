@@ -129,7 +129,7 @@ def test_fine_tuned_networks_train_the_encoder_but_not_the_one_given(tmp_path, p
 def test_images_that_cannot_be_read_are_left_out_and_counted(tmp_path):
     result = run(tmp_path / "run", train=Coloured(24, unreadable=(3,)), val=Coloured(6, unreadable=(0, 4)), steps=3)
     assert (result.val_images, result.unreadable) == (4, 2)
-    with pytest.raises(UserError, match="no labelled image of coloured can be read"):
+    with pytest.raises(UserError, match="coloured: no image can be read"):
         run(tmp_path / "none", val=Coloured(2, unreadable=(0, 1)), steps=3)
 
 

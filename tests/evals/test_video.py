@@ -181,6 +181,18 @@ def test_tiles_within_a_bound_of_memory_give_what_all_pairs_at_once_give(radius)
         torch.testing.assert_close(soft, expected, rtol=0, atol=1e-6)
 
 
+def test_a_low_temperature_takes_the_nearest_token_instead_of_overflowing():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 8, 4, 5, generator=generator)
+    first = torch.eye(20)[:, torch.randperm(20, generator=generator)].unflatten(1, (4, 5))
+    cold = list(propagate(features, first, Settings(temperature=1e-9, radius=0, n_last=0)))
+    nearest = torch.einsum(
+        "dhw,dkl->hwkl", *(torch.nn.functional.normalize(x, dim=0) for x in (features[1], features[0]))
+    )
+    chosen = nearest.flatten(2).argmax(-1)
+    assert torch.equal(cold[0].permute(1, 2, 0), first.flatten(1).T[chosen])
+
+
 def test_equals_of_the_kth_largest_all_count():
     features = torch.ones(2, 3, 1, 4)  # each token like each other
     first = torch.tensor([1.0, 0, 0, 0]).view(1, 1, 4)

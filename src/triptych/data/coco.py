@@ -67,6 +67,9 @@ class CocoSource:
     def _load(self, found: Sequence[Any], of_image: dict[int, int], of_category: dict[int, int]) -> None:
         if lost := [a["id"] for a in found if a["image_id"] not in of_image or a["category_id"] not in of_category]:
             raise ValueError(f"annotations {lost[:3]} are of images or categories that it does not list")
+        _numbers(found, "annotations", may_be_none=True)
+        if odd := [a["id"] for a in found if len(a["bbox"]) != 4 or not np.isfinite(a["bbox"]).all()]:
+            raise ValueError(f"the boxes of annotations {odd[:3]} are not four finite numbers")
         kept = [a for a in found if a["bbox"][2] > 0 and a["bbox"][3] > 0]
         kept.sort(key=lambda a: of_image[a["image_id"]])  # stable: the order of the file within an image
         self.dropped = len(found) - len(kept)  # boxes without width or height
@@ -92,13 +95,17 @@ class CocoSource:
     def image(self, index: int) -> Image.Image:
         """Raises UserError where its size is not the file's."""
         image = self._images.image(index)
+        self._check_size(index, image)
+        return image
+
+    def _check_size(self, index: int, image: Image.Image) -> None:
+        """Of an image, of which the header is enough."""
         size, found = self.size(index), upright_size(image)
         if size != found:
             raise UserError(
                 f"{self.key(index)} is {found[1]} x {found[0]} pixels, and {self.json_path.name} says {size[1]} x "
                 f"{size[0]}: boxes would not fit; give the images that were annotated"
             )
-        return image
 
     def label(self, index: int) -> None:
         return None
@@ -119,13 +126,19 @@ class CocoSource:
         return self._objects.rows(slice(self._first[index], self._first[index + 1]))
 
     def regions(self, index: int) -> list[Region]:
-        """Masks in the order of `boxes`, rasterised as COCO does.  Raises UserError where objects have no masks."""
+        """Masks in the order of `boxes`, rasterised as COCO does.
+
+        Raises UserError where objects have no masks or the image is not of the file's size, and UnreadableImage.
+        """
         self.check_masks()
+        self._check_size(index, self._images.header(index))
         rows, size, of = range(self._first[index], self._first[index + 1]), self.size(index), self._objects
         return [Region(self._mask(row, size), int(of.labels[row]), bool(of.crowd[row])) for row in rows]
 
     def check_masks(self) -> None:
         """Raises UserError unless all objects have masks."""
+        if not len(self._objects.ids):
+            raise UserError(f"{self.json_path} has no objects: give annotations with masks")
         if not self.has_masks:
             raise UserError(
                 f"{self.without_mask} of {len(self._objects.ids)} objects of {self.json_path} have no mask (their "
@@ -142,7 +155,7 @@ class CocoSource:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"{what} is neither polygons nor run lengths ({type(error).__name__}: {error})") from error
-        check_size("of the file", size, what, mask)
+        check_size("has, by the same file,", size, what, mask)
         return mask
 
     def fingerprint(self) -> str:
@@ -150,10 +163,10 @@ class CocoSource:
         return digest([self._images.fingerprint(), self._json_digest])
 
 
-def _numbers(items: Sequence[Any], what: str) -> dict[int, int]:
+def _numbers(items: Sequence[Any], what: str, *, may_be_none: bool = False) -> dict[int, int]:
     """Position of each by its id."""
     of = {item["id"]: position for position, item in enumerate(items)}
-    if not items or len(of) < len(items):
+    if (not items and not may_be_none) or len(of) < len(items):
         raise ValueError(f"an id is given to two {what}" if items else f"it has no {what}")
     return of
 

@@ -54,7 +54,11 @@ class Video:
     def frame(self, i: int) -> np.ndarray:
         """(H, W, 3) uint8 RGB; raises UnreadableImage, and UserError for another size than the first frame's."""
         pixels = np.asarray(self.image(i))
-        check_size(f"of the first frame of {self.name}", self.size, self.key(i), pixels[..., 0])
+        if pixels.shape[:2] != self.size:
+            raise UserError(
+                f"{self.key(i)} is {pixels.shape[1]} x {pixels.shape[0]} pixels, the first frame of {self.name} "
+                f"{self.size[1]} x {self.size[0]}: all frames of a video must be of one size"
+            )
         return pixels
 
     def mask(self, i: int) -> np.ndarray | None:
@@ -188,9 +192,20 @@ def read_videos(tree: Tree, split: str) -> list[Video]:
             raise UserError(f"{tree.path} lacks frames of {name} that have an annotation: {', '.join(lost[:3])}")
         if stems[0] not in masks[name]:
             raise UserError(f"{tree.path}: the first frame {stems[0]} of {name} has no annotation in Annotations{size}")
+        _check_gaps(name, stems)
         positions = tuple(frames[name][stem] for stem in stems)
         videos.append(Video(name, tree, positions, tuple(masks[name].get(stem) for stem in stems), single))
     return videos
+
+
+def _check_gaps(name: str, stems: list[str]) -> None:
+    """Raises UserError where numbers of frames are missing between others (every fifth frame, say, is none)."""
+    if not all(stem.isdecimal() for stem in stems) or len(stems) < 3:
+        return
+    steps = np.diff(sorted(map(int, stems)))
+    if len(wide := np.flatnonzero(steps != steps.min())):
+        before = sorted(stems, key=int)[wide[0]]
+        raise UserError(f"{name} lacks frames after {before}: a video needs all its frames; load it again")
 
 
 def _resolution(tree: Tree) -> str:

@@ -287,12 +287,15 @@ def next_of(batches: Iterator[T]) -> T:
 def unwrapped(loader: Iterable[T]) -> Iterator[T]:
     """All batches, each as of `next_of`."""
     batches = iter(loader)
-    while True:
-        try:
-            batch = next_of(batches)
-        except StopIteration:
-            return
-        yield batch
+    try:
+        while True:
+            try:
+                batch = next_of(batches)
+            except StopIteration:
+                return
+            yield batch
+    finally:
+        close(batches)
 
 
 def close(batches: Iterator) -> None:

@@ -36,6 +36,13 @@ class Stored:
             raise UnreadableImage(self.key(index), reason(error)) from error
         return image
 
+    def header(self, index: int) -> Image.Image:
+        """The image, opened but not decoded where its store can do so; raises UnreadableImage."""
+        try:
+            return self.open_store.image(self._positions[index])
+        except Exception as error:  # of any kind, as above
+            raise UnreadableImage(self.key(index), reason(error)) from error
+
     def stored(self, index: int) -> bytes | None:
         try:
             return self.open_store.encoded(self._positions[index])

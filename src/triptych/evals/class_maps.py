@@ -73,7 +73,8 @@ def measure(
         confusion.add(labels.to(device), found)
         images += 1
     if not images or not confusion.counts.any():
-        raise UserError(f"no labelled image of {val.name} can be read: there is nothing to measure")
+        why = "no pixel has a class" if images else "no image can be read"
+        raise UserError(f"{val.name}: {why}: there is nothing to measure")
     scores, constant = confusion.scores(), constant_scores(confusion.counts, floor)
     return MapScores(
         miou=scores.miou,

@@ -192,6 +192,11 @@ def _measured(video: Video) -> Iterator[tuple[int, np.ndarray]]:
             before = i, mask
 
 
+def is_measured(video: Video) -> bool:
+    """Is there an annotated frame between the first and the last annotated one?"""
+    return sum(position is not None for position in video.masks) > 2
+
+
 def png(frame: int) -> str:
     """The file of a frame."""
     return f"{frame:05d}.png"

@@ -26,6 +26,7 @@ def of_click(
     """Zero-shot segmentation from one clicked patch."""
     model = _only(subject)
     result = click(model.encoder, source, settings, images=images, seed=seed, **_look(subject, model))
+    _told(subject, source, result.unreadable)
     setting = f"{settings.size} px, {settings.unit}, {settings.prompt} click"
     return Outcome("click", setting, _about(subject, result, test=source), result, clicks.figures(result))
 
@@ -34,6 +35,7 @@ def of_similarity(subject: Subject, source: Annotated, *, seed: int = 0, **setti
     """settings: as of `object_similarity`."""
     model = _only(subject)
     result = similarities.object_similarity(model.encoder, source, seed=seed, **settings, **_look(subject, model))
+    _told(subject, source, result.unreadable)
     about = _about(subject, result, test=source)
     setting = f"{result.size} px, pairs within one {result.pairs}"
     return Outcome("similarity", setting, about, result, similarities.figures(result))
@@ -54,11 +56,17 @@ def of_patch_probe(subject: Subject, train: Segmented, test: Segmented, *, seed:
     """settings: as of `patch_probe`."""
     model = _only(subject)
     result = patch_probe(model, train, test, device=subject.device, seed=seed, **settings)
+    _told(subject, test, result.unreadable)
     about = _about(subject, result, train=train, test=test)
     note = f"{result.patches} patches of {result.probed_images} images"
     note += "" if result.converged else "; NOT CONVERGED"
     figures = [replace(figure, note="; ".join(filter(None, (figure.note, note)))) for figure in map_figures(result)]
     return Outcome("probe", f"{result.size} px", about, result, figures)
+
+
+def _told(subject: Subject, source: Annotated, unreadable: int) -> None:
+    if unreadable:
+        subject.say(f"{unreadable} images of {source.name} cannot be read: left out")
 
 
 def _only(subject: Subject) -> Loaded:

@@ -92,9 +92,10 @@ def _labels_from(
             keys, values = (
                 torch.stack([of[*seen] for of in kind]).flatten(0, 2) for kind in zip(*sources, strict=True)
             )  # (sources seen, D), (sources seen, C)
-            affinity = (target[*tile].flatten(0, 1) @ keys.T).div_(settings.temperature).exp_()  # (tile, sources seen)
+            affinity = (target[*tile].flatten(0, 1) @ keys.T).div_(settings.temperature)  # (tile, sources seen)
             near = _near(tile, seen, (h, w), reach, target.device)
-            affinity.unflatten(1, (len(sources), -1)).mul_(near[:, None])
+            affinity.unflatten(1, (len(sources), -1)).masked_fill_(~near[:, None], -torch.inf)
+            affinity.sub_(affinity.amax(1, keepdim=True)).exp_()  # a common factor, so that none overflows
             least = affinity.topk(min(settings.topk, affinity.shape[1]), dim=1).values[:, -1:]
             affinity.masked_fill_(affinity < least, 0)
             label = (affinity @ values).div_(affinity.sum(1, keepdim=True))

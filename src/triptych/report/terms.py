@@ -28,7 +28,10 @@ ALWAYS: dict[str, tuple[str, str]] = {
         "share",
         "share of images for which student and teacher, on different views, name the same prototype",
     ),
-    "health/knn": ("%", "weighted k-NN accuracy on a quarter of the sample against the rest (k: health.k)"),
+    "health/knn": (
+        "%",
+        "weighted k-NN accuracy on a quarter of the sample against the rest (k neighbours, `health.k` of the recipe)",
+    ),
 }
 
 _ALIKE = "when all vectors are alike"

@@ -68,7 +68,7 @@ def _knn(run: RunData) -> list[Finding]:
         return [Finding("warning", f"{said}: it did not rise")]
     if last < best - 2:
         return [Finding("warning", f"{said}, {best:.1f} % in between: more than 2 points were lost")]
-    return [Finding("good", f"{said} (a sample of the training images, with k of health.k)")]
+    return [Finding("good", f"{said} (a sample of the training images)")]
 
 
 def _collapse(run: RunData) -> list[Finding]:

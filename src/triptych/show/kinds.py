@@ -127,8 +127,10 @@ def clusters(
     seed: int = 0,
 ) -> Kind:
     """k-means of each image's patches or, with a sample, with centres of that (for the frames of a video)."""
-    if not 1 <= k <= len(ORDER) or restarts < 1:
-        raise UserError(f"--k {k} --restarts {restarts}: give 1 to {len(ORDER)} clusters, and at least one restart")
+    if not 1 <= k <= len(ORDER):
+        raise UserError(f"--k {k}: give 1 to {len(ORDER)} clusters, as many as there are colours to tell apart")
+    if restarts < 1:
+        raise UserError(f"--restarts {restarts}: give 1 or more")
 
     def found(tokens: Tensor) -> Clusters:
         return Clusters.of(tokens, k, normalise=normalise, restarts=restarts, seed=seed)
