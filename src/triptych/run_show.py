@@ -11,10 +11,10 @@ from PIL import Image
 
 from triptych.data.sources import Source, open_source
 from triptych.data.subsets import Subset
-from triptych.encoders.load import Weights, load_encoder, load_method
+from triptych.encoders.load import Weights, load_method
 from triptych.errors import UserError
 from triptych.evals.frozen import frozen
-from triptych.evaluation import check_file_options, console, device, say, subject_of
+from triptych.evaluation import console, device, load_one, say, subject_of
 from triptych.methods.udi import SRS
 from triptych.progress import progress, reporting
 from triptych.show import kinds
@@ -77,10 +77,7 @@ class Asked:
     @contextmanager
     def viewer(self, model: str) -> Iterator[tuple[Viewer, str]]:
         """The encoder on its device, and its name."""
-        check_file_options([model], self.file)
-        loaded = load_encoder(model, weights=self.weights, **self.file)
-        if loaded.report is not None:
-            say(f"{loaded.name}: {loaded.report.text()}")
+        loaded = load_one(model, weights=self.weights, **self.file)
         with frozen(loaded.encoder, device()), reporting(console):
             yield Viewer(loaded.encoder, loaded.mean, loaded.std), loaded.name
 

@@ -177,7 +177,8 @@ def pictures(source: Source, fit: Fit, *, named: bool, count: int, seed: int) ->
     left = len(source) if named else count
     for index in range(len(source)) if named else order(source, count, seed):
         try:
-            yield fit(source.key(index), np.array(load_rgb(source, index)))
+            key = source.key(index)
+            yield fit(Path(key).name if named else key, np.array(load_rgb(source, index)))
         except UnreadableImage as error:
             if named:
                 raise UserError(f"cannot read {error}") from error
