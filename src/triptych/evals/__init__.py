@@ -11,7 +11,6 @@ EVALS = {
     "retrieval": "mean average precision of queries in a gallery: triptych eval retrieval MODEL --data DATA",
     "copy": "find the original of altered copies: triptych eval copy MODEL --data COPYDAYS",
     "click": "zero-shot segmentation from one clicked patch: triptych eval click MODEL --data MASKS",
-    "target-area": "how large the targets of clicks are, without an encoder: triptych eval target-area --data MASKS",
     "similarity": "how alike patches within and between objects are: triptych eval similarity MODEL --data MASKS",
     "video": "objects followed through videos, J and F on DAVIS: triptych eval video MODEL --data DAVIS",
     "probe": "a quick linear probe on patches with masks: triptych eval probe MODEL --data MASKS",
