@@ -152,7 +152,7 @@ def _of_masks(plan: Plan) -> Callable[[str], Measured]:
         try:
             pair = segmented_splits(data)
         except UserError as error:  # instances or videos, or no part to learn from: the table tells
-            pair = error
+            pair = UserError(str(error).splitlines()[0].partition(";")[0])  # not the list of all layouts
         return data, known_annotated(source) or data, [], lambda subject: on_masks(subject, source, pair, plan)
 
     return opened

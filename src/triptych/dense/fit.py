@@ -23,6 +23,7 @@ from triptych.errors import Interrupted, NonFinite, UserError
 from triptych.log import Metrics, ProgressLine, duration
 from triptych.optim import Decay, clip_gradients, parameter_groups, set_rates
 from triptych.precision import fast_precision
+from triptych.settings import flat
 from triptych.step import seed_all
 from triptych.train import stop_signals
 
@@ -64,7 +65,8 @@ def fit(
 
     model: a batch, as `batches` gives it but on the device -> losses by name (scalars), whose sum is minimised; what
     requires no gradient stays as it is.  batches: `feed.examples` from an optimiser step on.  about: what identifies
-    this training (settings, data, encoder), values that JSON can hold: another one in `out` is an error.
+    this training (settings, data, encoder), values that JSON can hold: another one in `out` is an error, but for what
+    stands under "told" (names, which may change).
     Under torchrun every process calls it (`distributed.start` before); the first one writes.
     Raises UserError, NonFinite, Interrupted.
     """
@@ -81,8 +83,9 @@ def claim(out: Path, about: Mapping[str, Any]) -> None:
         raise UserError(f"{out} is a file: name a folder")
     if file.exists() and checkpoint.steps(out / "checkpoints"):
         theirs = json.loads(file.read_text())
-        keys = sorted(theirs.keys() | mine.keys())
-        changed = [f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} now" for k in keys if theirs.get(k) != mine.get(k)]
+        theirs, now = ({k: v for k, v in flat(x).items() if not k.startswith("told.")} for x in (theirs, mine))
+        keys = sorted(theirs.keys() | now.keys())
+        changed = [f"{k}: {theirs.get(k)!r} there, {now.get(k)!r} now" for k in keys if theirs.get(k) != now.get(k)]
         if changed:
             lines = "\n  ".join(changed)
             raise UserError(f"{out} holds another training:\n  {lines}\nGive another folder, or remove this one")

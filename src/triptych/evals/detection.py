@@ -28,7 +28,7 @@ from triptych.encoders.load import Loaded
 from triptych.errors import UserError
 from triptych.evals.detection_presets import DetectionPreset, preset_of
 from triptych.evals.features import encoder_hash
-from triptych.evals.outcome import Figure, about_images
+from triptych.evals.outcome import Figure
 from triptych.progress import progress
 
 DETECTIONS = "detections.json"
@@ -82,13 +82,15 @@ def detection(
     detector, settings = build(model, preset, len(train.classes), masks=masks, seed=seed), _settings(preset, steps)
     make, pin = TrainScenes(train, preset.sizes, masks), device.type == "cuda"
     drawn = {"batch": preset.batch, "seed": seed, "collate": as_list, "workers": workers, "pin": pin}
-    about = {"preset": _trained_by(preset), "steps": steps, "masks": masks, "seed": seed, "model": model.name}
+    about = {"preset": _trained_by(preset), "steps": steps, "masks": masks, "seed": seed, "task": "detection"}
+    about |= {"encoder": encoder_hash(model.encoder), "train": train.fingerprint()}
+    about |= {"told": {"model": model.name, "train": train.name}}
     fit(
         detector,
         lambda start: examples(make, len(train), start=start, **drawn),
         settings,
         out=out,
-        about=about | {"encoder": encoder_hash(model.encoder)} | about_images(train=train),
+        about=about,
         seed=seed,
         device=device,
         console=say,
@@ -97,7 +99,13 @@ def detection(
         return None
     with torch.autocast(device.type, settings.dtype(device), enabled=settings.dtype(device) != torch.float32):
         found, images = detect_all(detector, test, preset.sizes, device)
-    (out / DETECTIONS).write_text(json.dumps(found))
+    part = out / f"{DETECTIONS}.part"
+    part.write_text(json.dumps(found))
+    part.replace(out / DETECTIONS)
+    if len(images) < len(test):
+        say.print(
+            f"{len(test) - len(images)} images of {test.name} cannot be read: left out", markup=False, soft_wrap=True
+        )
     return DetectionResult(
         box=coco_ap(test.json_path, found, "bbox", images),
         mask=coco_ap(test.json_path, found, "segm", images) if masks else None,
@@ -117,6 +125,11 @@ def _masks(train: CocoSource, test: CocoSource, console: Console) -> bool:
         if 0 < source.without_mask < objects:
             said = f"{source.without_mask} of {objects} objects of {source.name} have no mask: boxes alone"
             console.print(said, highlight=False, markup=False, soft_wrap=True)
+    if train.has_masks != test.has_masks:
+        without = (test if train.has_masks else train).name
+        console.print(
+            f"{without} has no masks for all objects: boxes alone", highlight=False, markup=False, soft_wrap=True
+        )
     return train.has_masks and test.has_masks
 
 
@@ -222,7 +235,7 @@ def _check(train: CocoSource, test: CocoSource) -> None:
     if train.classes != test.classes:
         raise UserError(f"{train.name} and {test.name} do not have the same classes: labels would not fit")
     for source in (train, test):
-        if not any(len(source.boxes(i).ids) for i in range(len(source))):
+        if not any((~source.boxes(i).crowd).any() for i in range(len(source))):
             raise UserError(f"{source.name} has no objects: detection needs annotated boxes to train on and to measure")
 
 

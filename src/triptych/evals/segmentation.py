@@ -132,7 +132,7 @@ def load_segmenter(out: Path, model: Loaded) -> tuple[Segmenter, Inference, tupl
         raise UserError(f"{out} holds no trained segmenter: give the folder of `triptych eval segmentation`")
     about = json.loads((out / "fit.json").read_text())
     if about["encoder"] != encoder_hash(model.encoder):
-        raise UserError(f"{out} was trained on {about['model']}, not on {model.name}: give that encoder")
+        raise UserError(f"{out} was trained on {about['told']['model']}, not on {model.name}: give that encoder")
     preset = TypeAdapter(SegmentationPreset).validate_python(json.loads((out / PRESET).read_text()))
     classes = tuple(about["classes"])
     segmenter = build_segmenter(preset, model.encoder, len(classes))
@@ -162,6 +162,6 @@ def _about(
 ) -> dict[str, Any]:
     """What identifies a training."""
     settings = {name: value for name, value in asdict(preset).items() if name not in ("name", *TESTING)}
-    images = {"name": train.name, "fingerprint": train.fingerprint()}
-    about = {"model": model.name, "encoder": encoder_hash(model.encoder), "classes": list(classes), "seed": seed}
-    return about | {"preset": settings, "train": images}
+    about = {"task": "segmentation", "encoder": encoder_hash(model.encoder), "classes": list(classes), "seed": seed}
+    told = {"model": model.name, "train": train.name}
+    return about | {"preset": settings, "train": train.fingerprint(), "told": told}
