@@ -10,8 +10,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from triptych.data.views import View, Views
-from triptych.encoders.swin import SwinConfig
-from triptych.encoders.swin import build as build_swin
+from triptych.encoders.swin_build import SwinConfig
+from triptych.encoders.swin_build import build as build_swin
 from triptych.encoders.vit import ViT
 from triptych.encoders.vit_init import init_vit
 from triptych.tokens import TokenSpec

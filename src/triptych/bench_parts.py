@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triptych.data.loader import close, default_workers, next_of
 from triptych.data.sources import Source
+from triptych.data.workers import close, default_workers, next_of
 from triptych.evals.features import extract
 from triptych.evals.knn import knn as nearest_neighbours
 from triptych.evals.selection import select
@@ -22,10 +22,11 @@ from triptych.evals.transform import EvalTransform
 from triptych.feed import first_views, settle_colour, view_batches
 from triptych.flops import Flops
 from triptych.memory import LiveMemory
+from triptych.precision import chosen_precision
 from triptych.recipe import Recipe
 from triptych.schedules import Progress
 from triptych.spans import now, recorded
-from triptych.step import PARTS, Stepper, autocast_dtype, settle_compile
+from triptych.step import PARTS, Stepper, settle_compile
 from triptych.syncs import DEVICE, host_syncs
 
 WARM_UP = 2  # runs before the first that counts
@@ -44,7 +45,7 @@ class Bench:
     peak: "Peak" = field(init=False)
 
     def __post_init__(self) -> None:
-        self.dtype = autocast_dtype(self.recipe, self.device)
+        self.dtype = chosen_precision(self.recipe.precision, self.device)
         self.peak = Peak(self.device, self.dtype)
 
     def settle(self, out: Path, say: Callable[[str], None]) -> None:

@@ -8,9 +8,10 @@ import torch
 from triptych import distributed
 from triptych.data import placement
 from triptych.data.batches import Batches
-from triptych.data.loader import ViewDataset, close, default_workers, make_loader, next_of
+from triptych.data.loader import ViewDataset, make_loader
 from triptych.data.sources import Source
 from triptych.data.views import Views
+from triptych.data.workers import close, default_workers, next_of
 from triptych.methods import METHODS
 from triptych.recipe import Recipe
 from triptych.run_folder import stored

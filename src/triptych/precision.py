@@ -1,6 +1,17 @@
 """Which precision is fast on a device."""
 
+from typing import Literal
+
 import torch
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def chosen_precision(asked: Precision, device: torch.device | str) -> torch.dtype:
+    """Of forward passes; auto: `fast_precision`."""
+    if asked == "auto":
+        return fast_precision(device)
+    return torch.bfloat16 if asked == "bf16" else torch.float32
 
 
 def fast_precision(device: torch.device | str) -> torch.dtype:

@@ -17,7 +17,7 @@ from triptych.compiling import compare, compiling
 from triptych.data.views import Views
 from triptych.methods.base import Step
 from triptych.optim import clip_gradients, exempt, make_optimizer, set_rates
-from triptych.precision import fast_precision
+from triptych.precision import chosen_precision
 from triptych.recipe import Recipe, build_method
 from triptych.run_folder import stored
 from triptych.schedules import Progress
@@ -39,7 +39,7 @@ class Stepper:
 
     def __init__(self, recipe: Recipe, device: torch.device):
         self.recipe, self.device = recipe, device
-        self.dtype = autocast_dtype(recipe, device)
+        self.dtype = chosen_precision(recipe.precision, device)
         self.method = build_method(recipe).to(device)
         self.optimizer = make_optimizer(self.method, recipe.optim)
         free = exempt(self.method)
@@ -118,13 +118,6 @@ def settle_compile(
         choice = distributed.from_main(lambda: "on" if compiled < eager else "off")
         say(f"torch.compile is {choice} (forward and backward take {compiled:.3g} s with it, {eager:.3g} s without)")
     return recipe.model_copy(update={"compile": choice})
-
-
-def autocast_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """bf16 where the hardware multiplies it fast, unless the recipe says otherwise."""
-    if recipe.precision == "auto":
-        return fast_precision(device)
-    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
 
 
 def seed_all(seed: int) -> None:

@@ -19,9 +19,9 @@ from rich.console import Console
 
 from triptych import checkpoint, distributed
 from triptych.data.batches import check_batch
-from triptych.data.loader import close, next_of
 from triptych.data.sources import Source
 from triptych.data.views import Views
+from triptych.data.workers import close, next_of
 from triptych.errors import Interrupted, NonFinite, UserError
 from triptych.feed import first_views, settle_colour, view_batches
 from triptych.health import measure

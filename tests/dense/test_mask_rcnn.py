@@ -9,8 +9,8 @@ from conftest import tiny_encoder
 from triptych.dense.cascade import CASCADE, HeadsConfig
 from triptych.dense.mask_rcnn import Anchors, Detector, DetectorConfig, L1Proposals
 from triptych.dense.pyramid import Pyramid
-from triptych.encoders.swin import SwinConfig
-from triptych.encoders.swin import build as build_swin
+from triptych.encoders.swin_build import SwinConfig
+from triptych.encoders.swin_build import build as build_swin
 from triptych.errors import UserError
 from triptych.tokens import TokenSpec
 

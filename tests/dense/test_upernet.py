@@ -12,8 +12,8 @@ from triptych.data.annotated import IGNORE
 from triptych.dense.layers import BatchNorm2d
 from triptych.dense.maps import with_drop_path
 from triptych.dense.upernet import UPerHead, UPerNet
-from triptych.encoders.swin import SwinConfig
-from triptych.encoders.swin import build as build_swin
+from triptych.encoders.swin_build import SwinConfig
+from triptych.encoders.swin_build import build as build_swin
 from triptych.errors import UserError
 from triptych.optim import OptimConfig, make_optimizer, parameter_groups, set_rates
 from triptych.tokens import TokenSpec

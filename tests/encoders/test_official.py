@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from conftest import tiny_swin
 from triptych.encoders.load import load_encoder, load_weights
 from triptych.encoders.load_swin import official_names
-from triptych.encoders.vit import ViTConfig, build
+from triptych.encoders.vit_build import ViTConfig, build
 from triptych.errors import UserError
 from triptych.tokens import TokenSpec
 

@@ -20,7 +20,7 @@ from official_layouts import (
 from safetensors.torch import save_file
 
 from triptych.encoders.load import load_encoder, load_weights
-from triptych.encoders.vit import ViTConfig, build
+from triptych.encoders.vit_build import ViTConfig, build
 from triptych.errors import UserError
 from triptych.tokens import TokenSpec
 

@@ -6,7 +6,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from conftest import timm_name, timm_tokens, tiny_encoder
-from triptych.encoders.vit import ViT, ViTConfig, build
+from triptych.encoders.vit import ViT
+from triptych.encoders.vit_build import ViTConfig, build
 from triptych.encoders.vit_init import sincos_table
 from triptych.errors import UserError
 from triptych.tokens import TokenSpec

@@ -1,10 +1,8 @@
 """From a source to batches of views.  A batch is a function of (seed, step): resume is exact, workers do not matter."""
 
-import os
-import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar, cast
+from typing import Literal, cast
 
 import cv2
 import numpy as np
@@ -31,9 +29,8 @@ from triptych.data.masks import draw_keep, draw_mask
 from triptych.data.pixels import Picture, cut, shrink_for
 from triptych.data.sources import Source
 from triptych.data.views import View, Views, ViewSpec
+from triptych.data.workers import default_workers, in_worker
 from triptych.errors import UserError, nearest
-
-T = TypeVar("T")
 
 
 class ViewsConfig(BaseModel):
@@ -260,51 +257,6 @@ def collate(samples: list[Sample]) -> tuple[Views, list[str]]:
     views, n = [view(i) for i in range(len(first.pixels))], first.global_crops
     labels = None if first.label is None else torch.tensor([s.label for s in samples])
     return Views(views[:n], views[n:], labels), [reason for s in samples for reason in s.unreadable]
-
-
-def in_worker(_: int) -> None:
-    """Set-up of every worker process."""
-    # A signal to the whole process group is the main process's to handle: it still needs the batch in hand.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-
-
-def default_workers() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def next_of(batches: Iterator[T]) -> T:
-    """The next batch of a DataLoader's iterator; a worker's UserError comes without that process's traceback."""
-    try:
-        return next(batches)
-    except UserError as error:
-        raise UserError(str(error).strip().split("UserError: ")[-1]) from None
-
-
-def unwrapped(loader: Iterable[T]) -> Iterator[T]:
-    """All batches, each as of `next_of`."""
-    batches = iter(loader)
-    try:
-        while True:
-            try:
-                batch = next_of(batches)
-            except StopIteration:
-                return
-            yield batch
-    finally:
-        close(batches)
-
-
-def close(batches: Iterator) -> None:
-    """Ends the workers of an iterator over `make_loader`, also where an exception's traceback keeps it alive.
-
-    They ignore SIGTERM, so Python's own clean-up at exit would wait for them for ever.
-    """
-    if hasattr(batches, "_shutdown_workers"):
-        batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def make_loader(dataset: ViewDataset, batches: Batches, config: LoaderConfig, *, pin: bool) -> DataLoader:

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from triptych.cache import cache_folder
 from triptych.data.crops import Crop
 from triptych.data.images import UnreadableImage
-from triptych.data.loader import close, default_workers, in_worker
 from triptych.data.pixels import Picture, cut, shrink_for
 from triptych.data.sources import Source
 from triptych.data.subsets import digest
+from triptych.data.workers import close, default_workers, in_worker
 from triptych.errors import UserError
 
 _VERSION = 1  # of how images are made smaller and laid out

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from triptych import distributed
 from triptych.data.batches import Batches, check_batch
 from triptych.data.images import UnreadableImage
-from triptych.data.loader import default_workers, in_worker
+from triptych.data.workers import default_workers, in_worker
 from triptych.errors import UserError
 
 Make = Callable[[int, np.random.Generator], Any]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from triptych import checkpoint, distributed
-from triptych.data.loader import close, next_of
+from triptych.data.workers import close, next_of
 from triptych.errors import Interrupted, NonFinite, UserError
 from triptych.log import Metrics, ProgressLine, duration
 from triptych.optim import Decay, clip_gradients, parameter_groups, set_rates
-from triptych.precision import fast_precision
+from triptych.precision import Precision, chosen_precision
 from triptych.settings import flat
 from triptych.step import seed_all
 from triptych.train import stop_signals
@@ -40,14 +40,12 @@ class Fit:
     decay: Decay = "no_tokens"  # what decays: neither biases, norms nor tokens and positions
     layer_decay: float = 1.0  # of the encoder's rates, block by block
     clip: float | None = None  # norm that all gradients together may have
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware multiplies it fast
+    precision: Precision = "auto"  # auto: bf16 where the hardware multiplies it fast
     save_every: int = 500  # steps
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """That forward passes run in."""
-        if self.precision == "auto":
-            return fast_precision(device)
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return chosen_precision(self.precision, device)
 
 
 def fit(

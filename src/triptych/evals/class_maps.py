@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from triptych.data.annotated import IGNORE, Segmented
 from triptych.data.images import UnreadableImage
-from triptych.data.loader import default_workers, in_worker, unwrapped
+from triptych.data.workers import default_workers, in_worker, unwrapped
 from triptych.dense.miou import Confusion, constant_scores
 from triptych.dense.segment_data import read_pair
 from triptych.errors import UserError

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from triptych.data.images import UnreadableImage
-from triptych.data.loader import default_workers, in_worker, unwrapped
 from triptych.data.regions import Annotated, Region
+from triptych.data.workers import default_workers, in_worker, unwrapped
 from triptych.encoders import Encoder
 from triptych.errors import UserError
 from triptych.evals.frozen import fast_batch, frozen

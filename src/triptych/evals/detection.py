@@ -28,6 +28,7 @@ from triptych.encoders.load import Loaded
 from triptych.errors import UserError
 from triptych.evals.detection_presets import DetectionPreset, preset_of
 from triptych.evals.features import encoder_hash
+from triptych.evals.frozen import frozen
 from triptych.evals.outcome import Figure
 from triptych.progress import progress
 
@@ -97,7 +98,7 @@ def detection(
     )
     if not distributed.is_main():
         return None
-    with torch.autocast(device.type, settings.dtype(device), enabled=settings.dtype(device) != torch.float32):
+    with frozen(detector, device, settings.dtype(device)):
         found, images = detect_all(detector, test, preset.sizes, device)
     part = out / f"{DETECTIONS}.part"
     part.write_text(json.dumps(found))

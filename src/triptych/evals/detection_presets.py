@@ -7,7 +7,8 @@ from typing import Literal
 from triptych.dense.cascade import CASCADE, HeadsConfig
 from triptych.dense.detect_data import Sizes
 from triptych.dense.mask_rcnn import DetectorConfig
-from triptych.errors import UserError, nearest
+from triptych.errors import UserError
+from triptych.evals.presets import named
 
 EPOCHS = 12
 
@@ -148,8 +149,4 @@ PRESETS: Mapping[str, DetectionPreset] = {
 
 def preset_of(given: str | DetectionPreset) -> DetectionPreset:
     """The preset itself, or that of the name; raises UserError for a name that is none."""
-    if isinstance(given, DetectionPreset):
-        return given
-    if given not in PRESETS:
-        raise UserError(f"no detection preset {given!r}{nearest(given, PRESETS)}; choose one of {', '.join(PRESETS)}")
-    return PRESETS[given]
+    return named(given, PRESETS, "detection")

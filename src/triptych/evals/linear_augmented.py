@@ -14,10 +14,11 @@ from torch import Tensor
 
 from triptych.data.batches import Batches
 from triptych.data.crops import Crop
-from triptych.data.loader import LoaderConfig, ViewDataset, ViewsConfig, close, make_loader, next_of
+from triptych.data.loader import LoaderConfig, ViewDataset, ViewsConfig, make_loader
 from triptych.data.sources import Source
 from triptych.data.subsets import Subset
 from triptych.data.views import ViewSpec
+from triptych.data.workers import close, next_of
 from triptych.encoders import Encoder
 from triptych.errors import UserError
 from triptych.evals.features import cached, labels_of

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from triptych.encoders import Encoder
-from triptych.errors import UserError, nearest
+from triptych.errors import UserError
+from triptych.evals.presets import named
 from triptych.evals.selection import Token
 from triptych.schedules import Progress, Schedule, cosine, warmup_cosine
 
@@ -153,8 +154,4 @@ PRESETS: Mapping[str, LinearPreset] = {
 
 def preset_of(given: str | LinearPreset) -> LinearPreset:
     """The preset itself, or that of the name; raises UserError for a name that is none."""
-    if isinstance(given, LinearPreset):
-        return given
-    if given not in PRESETS:
-        raise UserError(f"no linear preset {given!r}{nearest(given, PRESETS)}; choose one of {', '.join(PRESETS)}")
-    return PRESETS[given]
+    return named(given, PRESETS, "linear")

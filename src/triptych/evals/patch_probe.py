@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from triptych.data.annotated import IGNORE, Segmented
 from triptych.data.images import UnreadableImage
-from triptych.data.loader import default_workers, in_worker, unwrapped
+from triptych.data.workers import default_workers, in_worker, unwrapped
 from triptych.dense.maps import patch_map
 from triptych.dense.segment_data import normalised, read_pair, resize_image, resize_mask
 from triptych.dense.slide import class_map

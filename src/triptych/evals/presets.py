@@ -12,6 +12,15 @@ from triptych.settings import is_list
 T = TypeVar("T")
 
 
+def named(given: "str | T", presets: Mapping[str, T], what: str) -> T:
+    """The preset itself, or that of the name; raises UserError for a name that is none.  what: "linear" ..."""
+    if not isinstance(given, str):
+        return given
+    if given not in presets:
+        raise UserError(f"no {what} preset {given!r}{nearest(given, presets)}; choose one of {', '.join(presets)}")
+    return presets[given]
+
+
 def with_changes(preset: T, changes: Mapping[str, Any]) -> T:
     """The preset with other values of its fields, or of fields of dataclasses within it; its name then says so.
 

@@ -5,7 +5,7 @@ settings, `dense` the networks.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -88,11 +88,20 @@ def segmentation(
     with frozen(segmenter, "cpu"):  # a crop that the network cannot take is an error now, not in a begun folder
         segmenter.full_size(torch.zeros(1, 3, own.crop, own.crop))
     make = TrainExamples(train, preset.train_transform(model))
-    options: dict[str, Any] = {"batch": preset.batch, "seed": seed, "collate": default_collate, "workers": workers}
-    feed = partial(_from, partial(examples, make, len(train), pin=place.type == "cuda", **options))
+    drawn: dict[str, Any] = {"batch": preset.batch, "seed": seed, "collate": default_collate, "workers": workers}
+    drawn |= {"pin": place.type == "cuda"}
     about = _about(own, model, train, classes, seed)
     settings, say = preset.fit(), console or Console(quiet=True)
-    fit(_Training(segmenter), feed, settings, out=out, about=about, seed=seed, device=place, console=say)
+    fit(
+        _Training(segmenter),
+        lambda start: examples(make, len(train), start=start, **drawn),
+        settings,
+        out=out,
+        about=about,
+        seed=seed,
+        device=place,
+        console=say,
+    )
     if not distributed.is_main():
         return None
     (out / PRESET).write_text(json.dumps(asdict(preset), indent=2) + "\n")
@@ -151,10 +160,6 @@ class _Training(nn.Module):
     def forward(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
         images, labels = batch
         return self.segmenter.losses(images, labels.long())
-
-
-def _from(feed: Callable[..., Iterator], start: int) -> Iterator:
-    return feed(start=start)
 
 
 def _about(

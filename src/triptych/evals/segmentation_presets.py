@@ -8,7 +8,8 @@ from triptych.dense.fit import Fit
 from triptych.dense.inference import Inference
 from triptych.dense.segment_data import TestTransform, TrainTransform
 from triptych.encoders.load import Loaded
-from triptych.errors import UserError, nearest
+from triptych.errors import UserError
+from triptych.evals.presets import named
 
 Head = Literal["linear", "upernet", "fpn"]
 SMALL_PATCHES = 12  # on a side of a small preset's crop, at least
@@ -92,12 +93,7 @@ def poly(steps: int, warmup: int, power: float = 1.0, start: float = 1e-6) -> Ca
 
 def preset_of(given: str | SegmentationPreset) -> SegmentationPreset:
     """The preset itself, or that of the name; raises UserError for a name that is none."""
-    if isinstance(given, SegmentationPreset):
-        return given
-    if given not in PRESETS:
-        known = ", ".join(PRESETS)
-        raise UserError(f"no segmentation preset {given!r}{nearest(given, PRESETS)}; choose one of {known}")
-    return PRESETS[given]
+    return named(given, PRESETS, "segmentation")
 
 
 def _check(p: SegmentationPreset) -> None:

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from triptych.data.crops import Crop
 from triptych.data.images import UnreadableImage
-from triptych.data.loader import default_workers, in_worker
 from triptych.data.pixels import Picture, Pixels, cut, shrink_for
 from triptych.data.sources import Source
+from triptych.data.workers import default_workers, in_worker, unwrapped
 from triptych.errors import UserError
 from triptych.evals.frozen import fast_batch
 
@@ -128,7 +128,7 @@ def grouped_batches(
     )
     mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (transform.mean, transform.std))
     scale, shift, read = 1 / (255 * std), mean / std, 0
-    for groups in loader:
+    for groups in unwrapped(loader):
         read += len(groups)
         yield [(i, (pixels.to(device, non_blocking=True) * scale).sub_(shift)) for i, pixels in groups]
     if not read:

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from triptych.data.corruption import block_cover, draw_blocks
 from triptych.data.crops import Crop, random_crop
 from triptych.data.images import UnreadableImage
-from triptych.data.loader import default_workers, in_worker
 from triptych.data.pixels import Picture, cut, shrink_for
 from triptych.data.sources import Source
+from triptych.data.workers import default_workers, in_worker, unwrapped
 from triptych.encoders import Encoder
 from triptych.errors import UserError
 from triptych.evals.frozen import fast_batch, frozen
@@ -73,7 +73,9 @@ def variance(
     )
     with frozen(encoder, device):
         at_once = batch or fast_batch(device, transform.size)
-        measured = [_levels(encoder, drawn, transform, at_once, device) for drawn in loader if drawn is not None]
+        measured = [
+            _levels(encoder, drawn, transform, at_once, device) for drawn in unwrapped(loader) if drawn is not None
+        ]
     if not measured:
         raise UserError(f"no image of {source.name} can be read")
     image, patch = np.mean(measured, 0).tolist()
